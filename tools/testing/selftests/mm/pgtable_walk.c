@@ -1,0 +1,406 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Do page tables, and their locks, outlive the RCU read-side critical section
+ * of a walker that met them?
+ *
+ * Some threads ask the kernel (CONFIG_PGTABLE_WALK_TEST) to walk to an address
+ * with no protection but rcu_read_lock(), and to dawdle on the way.  Another
+ * one makes the tables there come and go.  Each way a user page table can be
+ * freed has a variant.  The walker must never find that a table has been torn
+ * down, and it must have met some that were unlinked meanwhile, or else the
+ * test has tested nothing.
+ *
+ * Locks that are allocated apart from the table (lockdep, spinlock debugging)
+ * need KASAN to show that they are used after they were freed: look at the
+ * kernel log as well.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <pthread.h>
+#include <sched.h>
+#include <stdatomic.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/stat.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include <mm/pgtable_walk_test.h>
+
+#include "../kselftest_harness.h"
+
+#define DEBUGFS		"/sys/kernel/debug/"
+#define FAIL_PAGE_ALLOC	DEBUGFS "fail_page_alloc/"
+#define NR_WALKERS	2
+#define WALKS_PER_CALL	20
+#define RUN_SECONDS	3
+#define PMD_SIZE	(2UL << 20)
+
+#ifndef MAP_FIXED_NOREPLACE
+#define MAP_FIXED_NOREPLACE 0x100000
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+/*
+ * Each is alone in its top-level entry, so that unmapping it frees a table of
+ * every level below.
+ */
+#define ADDR_LOW	0x200000000000UL
+#define ADDR_HIGH	0x40000000000000UL	/* only with five levels */
+
+static bool write_str(const char *path, const char *val)
+{
+	int fd = open(path, O_WRONLY);
+	bool ok;
+
+	if (fd < 0)
+		return false;
+	ok = write(fd, val, strlen(val)) == (ssize_t)strlen(val);
+	close(fd);
+	return ok;
+}
+
+static long read_long(const char *path)
+{
+	FILE *f = fopen(path, "r");
+	long val = -1;
+
+	if (!f)
+		return -1;
+	if (fscanf(f, "%ld", &val) != 1)
+		val = -1;
+	fclose(f);
+	return val;
+}
+
+/* Map a page-table page's worth at addr and put a page into it. */
+static bool map_and_touch(char *addr)
+{
+	char *p = mmap(addr, PMD_SIZE, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED_NOREPLACE,
+		       -1, 0);
+
+	if (p != addr)
+		return false;
+	*p = 1;
+	return true;
+}
+
+static bool munmap_round(char *addr)
+{
+	return map_and_touch(addr) && !munmap(addr, PMD_SIZE);
+}
+
+/*
+ * Collapse puts the PTE page aside behind the huge page that replaces it.
+ * Zapping the huge page frees the PTE page without it ever being mapped again.
+ */
+static bool deposit_round(char *addr)
+{
+	bool ok = map_and_touch(addr) &&
+		  !madvise(addr, PMD_SIZE, MADV_COLLAPSE) &&
+		  !madvise(addr, PMD_SIZE, MADV_DONTNEED);
+
+	return !munmap(addr, PMD_SIZE) && ok;
+}
+
+FIXTURE(pgtable_walk)
+{
+	int fd;
+	char *addr;
+	bool (*round)(char *addr);
+	unsigned int delay_us;
+	bool fail_alloc;
+	atomic_bool stop;
+	atomic_int broken;
+	atomic_uint nr_locked, nr_unlinked;
+	atomic_uint nr_freed_pte, nr_freed_pmd, nr_freed_pud;
+};
+
+FIXTURE_VARIANT(pgtable_walk)
+{
+	unsigned long addr;
+	bool (*round)(char *addr);
+	unsigned int delay_us;	/* about as long as a round takes */
+	bool fail_alloc;	/* of the pages that list the freed tables */
+};
+
+/* Tables are listed in a page that is freed with them after a grace period. */
+FIXTURE_VARIANT_ADD(pgtable_walk, munmap)
+{
+	.addr = ADDR_LOW,
+	.round = munmap_round,
+	.delay_us = 300,
+};
+
+/* No memory for that page: each table goes on its own. */
+FIXTURE_VARIANT_ADD(pgtable_walk, munmap_no_memory)
+{
+	.addr = ADDR_LOW,
+	.round = munmap_round,
+	.delay_us = 300,
+	.fail_alloc = true,
+};
+
+FIXTURE_VARIANT_ADD(pgtable_walk, munmap_five_levels)
+{
+	.addr = ADDR_HIGH,
+	.round = munmap_round,
+	.delay_us = 300,
+};
+
+FIXTURE_VARIANT_ADD(pgtable_walk, munmap_five_levels_no_memory)
+{
+	.addr = ADDR_HIGH,
+	.round = munmap_round,
+	.delay_us = 300,
+	.fail_alloc = true,
+};
+
+FIXTURE_VARIANT_ADD(pgtable_walk, zap_deposited)
+{
+	.addr = ADDR_LOW,
+	.round = deposit_round,
+	.delay_us = 6000,
+};
+
+FIXTURE_SETUP(pgtable_walk)
+{
+	self->fd = open(DEBUGFS "pgtable_walk_test", O_RDWR);
+	if (self->fd < 0)
+		SKIP(return, "needs root, debugfs, CONFIG_PGTABLE_WALK_TEST: %s",
+		     strerror(errno));
+	if (sysconf(_SC_NPROCESSORS_ONLN) < 2)
+		SKIP(return, "needs two CPUs for a race");
+
+	self->addr = (char *)variant->addr;
+	self->round = variant->round;
+	self->delay_us = variant->delay_us;
+	self->fail_alloc = variant->fail_alloc;
+
+	if (!map_and_touch(self->addr))
+		SKIP(return, "cannot map at %p", self->addr);
+	ASSERT_EQ(munmap(self->addr, PMD_SIZE), 0);
+
+	if (variant->round == deposit_round && !deposit_round(self->addr))
+		SKIP(return, "MADV_COLLAPSE does not work here");
+
+	if (variant->fail_alloc) {
+		if (access(FAIL_PAGE_ALLOC "probability", W_OK))
+			SKIP(return, "needs CONFIG_FAIL_PAGE_ALLOC and its debugfs");
+		/* Fail whatever may not wait for memory, in one thread. */
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "task-filter", "Y"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "ignore-gfp-wait", "Y"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "min-order", "0"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "verbose", "0"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "interval", "1"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "times", "1000000000"));
+		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "probability", "100"));
+	}
+}
+
+FIXTURE_TEARDOWN(pgtable_walk)
+{
+	if (self->fail_alloc)
+		write_str(FAIL_PAGE_ALLOC "probability", "0");
+	if (self->fd >= 0)
+		close(self->fd);
+}
+
+static void *walker_fn(void *data)
+{
+	FIXTURE_DATA(pgtable_walk) *self = data;
+	struct pgtable_walk_test t = {
+		.addr = (unsigned long)self->addr,
+		.nr_walks = WALKS_PER_CALL,
+	};
+	unsigned int round = 0;
+
+	while (!self->stop) {
+		/* Some walks find the window narrow, others wide open. */
+		t.delay_us = round++ % 4 * self->delay_us / 3;
+		if (ioctl(self->fd, PGTABLE_WALK_TEST, &t)) {
+			self->broken = errno;
+			break;
+		}
+		self->nr_locked += t.nr_locked;
+		self->nr_unlinked += t.nr_unlinked;
+		self->nr_freed_pte += t.nr_freed_pte;
+		self->nr_freed_pmd += t.nr_freed_pmd;
+		self->nr_freed_pud += t.nr_freed_pud;
+		sched_yield();
+	}
+	return NULL;
+}
+
+static void *mutator_fn(void *data)
+{
+	FIXTURE_DATA(pgtable_walk) *self = data;
+
+	if (self->fail_alloc && !write_str("/proc/thread-self/make-it-fail", "1"))
+		self->broken = errno;
+
+	while (!self->stop) {
+		/* With failing allocations, a round may fail: try the next. */
+		if (!self->round(self->addr) && !self->fail_alloc) {
+			self->broken = EIO;
+			break;
+		}
+	}
+	return NULL;
+}
+
+TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
+{
+	long failures = read_long(FAIL_PAGE_ALLOC "times");
+	pthread_t walker[NR_WALKERS], mutator;
+	int i;
+
+	for (i = 0; i < NR_WALKERS; i++)
+		ASSERT_EQ(pthread_create(&walker[i], NULL, walker_fn, self), 0);
+	ASSERT_EQ(pthread_create(&mutator, NULL, mutator_fn, self), 0);
+
+	sleep(RUN_SECONDS);
+	self->stop = true;
+	for (i = 0; i < NR_WALKERS; i++)
+		pthread_join(walker[i], NULL);
+	pthread_join(mutator, NULL);
+
+	failures -= read_long(FAIL_PAGE_ALLOC "times");
+
+	TH_LOG("%u locked, %u of these unlinked meanwhile; torn down: %u PTE, %u PMD, %u PUD pages",
+	       self->nr_locked, self->nr_unlinked, self->nr_freed_pte,
+	       self->nr_freed_pmd, self->nr_freed_pud);
+
+	EXPECT_EQ(self->broken, 0);
+	EXPECT_EQ(self->nr_freed_pte, 0);
+	EXPECT_EQ(self->nr_freed_pmd, 0);
+	EXPECT_EQ(self->nr_freed_pud, 0);
+	/* Without these nothing was tested. */
+	EXPECT_GT(self->nr_locked, 0);
+	EXPECT_GT(self->nr_unlinked, 0);
+	if (self->fail_alloc) {
+		TH_LOG("%ld allocations were made to fail", failures);
+		EXPECT_GT(failures, 0);
+	}
+}
+
+/* Tables that nobody needs any more are given back before long. */
+
+#define NR_TABLES	1000
+#define GIVEN_BACK_MS	3000
+
+static long nr_page_table_pages(void)
+{
+	FILE *f = fopen("/proc/vmstat", "r");
+	long val = -1;
+	char line[128];
+
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f))
+		if (sscanf(line, "nr_page_table_pages %ld", &val) == 1)
+			break;
+	fclose(f);
+	return val;
+}
+
+/* Make nr page tables with one page each, and unmap them. */
+static bool tables_come_and_go(int nr)
+{
+	size_t len = nr * PMD_SIZE;
+	char *p = mmap((char *)ADDR_LOW, len, PROT_READ | PROT_WRITE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
+		       MAP_FIXED_NOREPLACE, -1, 0);
+	int i;
+
+	if (p == MAP_FAILED || madvise(p, len, MADV_NOHUGEPAGE))
+		return false;
+	for (i = 0; i < nr; i++)
+		p[i * PMD_SIZE] = 1;
+	return !munmap(p, len);
+}
+
+TEST(unmapped_tables_are_given_back)
+{
+	long before = nr_page_table_pages(), after = 0;
+	int ms;
+
+	if (before < 0)
+		SKIP(return, "no nr_page_table_pages in /proc/vmstat");
+
+	ASSERT_TRUE(tables_come_and_go(NR_TABLES));
+
+	/* The rest of the system moves by less than a tenth of that. */
+	for (ms = 0; ms < GIVEN_BACK_MS; ms += 100) {
+		after = nr_page_table_pages();
+		if (after - before < NR_TABLES / 10)
+			break;
+		usleep(100000);
+	}
+	TH_LOG("%ld pages before, %ld after %d ms", before, after, ms);
+	EXPECT_LT(after - before, NR_TABLES / 10);
+}
+
+/* The same where each of them counts: in a memory cgroup of little size. */
+
+#define CGROUP		"/sys/fs/cgroup/pgtable_walk_test"
+#define CGROUP_MAX	"33554432"
+#define CGROUP_TABLES	64
+
+static long oom_kills(void)
+{
+	FILE *f = fopen(CGROUP "/memory.events", "r");
+	long val = -1;
+	char line[128];
+
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f))
+		if (sscanf(line, "oom_kill %ld", &val) == 1)
+			break;
+	fclose(f);
+	return val;
+}
+
+TEST(small_cgroup_does_not_run_out)
+{
+	time_t end = time(NULL) + RUN_SECONDS;
+	int status, i;
+	pid_t pid;
+
+	write_str("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	if (mkdir(CGROUP, 0755) && errno != EEXIST)
+		SKIP(return, "cannot make " CGROUP ": %s", strerror(errno));
+	if (!write_str(CGROUP "/memory.max", CGROUP_MAX)) {
+		rmdir(CGROUP);
+		SKIP(return, "cannot set memory.max of a cgroup");
+	}
+
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		if (!write_str(CGROUP "/cgroup.procs", "0"))
+			_exit(2);
+		while (time(NULL) < end)
+			if (!tables_come_and_go(CGROUP_TABLES))
+				_exit(1);
+		_exit(0);
+	}
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_TRUE(WIFEXITED(status));
+	EXPECT_EQ(WEXITSTATUS(status), 0);
+	EXPECT_EQ(oom_kills(), 0);
+
+	for (i = 0; i < 50 && rmdir(CGROUP); i++)
+		usleep(100000);
+}
+
+TEST_HARNESS_MAIN
