@@ -285,8 +285,9 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 
 	failures -= read_long(FAIL_PAGE_ALLOC "times");
 
-	TH_LOG("%u rounds; %u locked, %u of these unlinked meanwhile; torn down: %u PTE, %u PMD, %u PUD, %u P4D pages",
-	       self->nr_rounds, self->nr_locked, self->nr_unlinked,
+	TH_LOG("%u rounds; %u tables locked, %u of these unlinked meanwhile",
+	       self->nr_rounds, self->nr_locked, self->nr_unlinked);
+	TH_LOG("torn down too early: %u PTE, %u PMD, %u PUD, %u P4D pages",
 	       self->nr_freed_pte, self->nr_freed_pmd, self->nr_freed_pud,
 	       self->nr_freed_p4d);
 
@@ -310,7 +311,7 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 #define NR_TABLES	1000
 #define GIVEN_BACK_MS	3000
 
-static long nr_page_table_pages(void)
+static long nr_tables(void)
 {
 	FILE *f = fopen("/proc/vmstat", "r");
 	long val = -1;
@@ -335,15 +336,15 @@ static bool tables_come_and_go(int nr)
 }
 
 /* What others have just freed must not count as being in use. */
-static long settled_page_table_pages(void)
+static long settled_nr_tables(void)
 {
-	long last, now = nr_page_table_pages();
+	long last, now = nr_tables();
 	int i;
 
 	for (i = 0; i < 20; i++) {
 		usleep(100000);
 		last = now;
-		now = nr_page_table_pages();
+		now = nr_tables();
 		if (now >= last)
 			break;
 	}
@@ -352,7 +353,7 @@ static long settled_page_table_pages(void)
 
 TEST(unmapped_tables_are_given_back)
 {
-	long before = settled_page_table_pages(), after = 0;
+	long before = settled_nr_tables(), after = 0;
 	int ms;
 
 	if (before < 0)
@@ -362,7 +363,7 @@ TEST(unmapped_tables_are_given_back)
 
 	/* The rest of the system moves by less than a tenth of that. */
 	for (ms = 0; ms < GIVEN_BACK_MS; ms += 100) {
-		after = nr_page_table_pages();
+		after = nr_tables();
 		if (after - before < NR_TABLES / 10)
 			break;
 		usleep(100000);
