@@ -99,3 +99,54 @@ splats() {
 	eval "$(grep -E '^(NO_)?SPLAT\+?=' "$REPO/scripts/guest")"
 	grep -aE "$SPLAT" "$1" | grep -avE "$NO_SPLAT"
 }
+
+# kselftest NAME: build the series' selftests/mm/NAME.c, for these two
+kselftest() {
+	local tree
+	need_packages gcc libc6-dev
+	tree=$(source_tree series)
+	KSELFTEST=$1
+	mkdir -p "$SCRATCH/share"
+	gcc -O2 -Wall -static -I "$tree" -o "$SCRATCH/share/$1" \
+		"$tree/tools/testing/selftests/mm/$1.c" -lpthread
+}
+
+# kselftest_run NAME [GUEST-OPTION...] [--test ARGS]: run it in a guest; its
+# output goes to NAME.tap
+kselftest_run() {
+	local name=$1 rc=0 args='' options=()
+	shift
+	while (($#)); do
+		case $1 in
+		--test) args=$2; shift ;;
+		*) options+=("$1") ;;
+		esac
+		shift
+	done
+	"$REPO/scripts/guest" --share "$SCRATCH/share" --console "$RESULTS/$name.console" \
+		"${options[@]}" -- "/share/$KSELFTEST $args >/share/$name.tap" \
+		>"$RESULTS/$name.log" 2>&1 || rc=$?
+	cp "$SCRATCH/share/$name.tap" "$RESULTS/" 2>/dev/null || true
+	return $rc
+}
+
+# kselftest_passes NAME WHAT [GUEST-OPTION...]: each of its tests that can run
+# passes, and the kernel has nothing to say
+kselftest_passes() {
+	local name=$1 what=$2 rc=0 test
+	shift 2
+	kselftest_run "$name" "$@" || rc=$?
+	if ((rc)) || ! grep -q '^ok ' "$RESULTS/$name.tap"; then
+		cat "$RESULTS/$name.tap" >>"$RESULTS/$name.log" 2>/dev/null || true
+		SHOW=80 not_ok "$what (exit code $rc)" "$RESULTS/$name.log"
+		return
+	fi
+	while read -r test; do
+		case $test in
+		*'# SKIP '*) skip "$what: ${test%% # SKIP*}" "${test#*# SKIP }" ;;
+		*) ok "$what: $test" ;;
+		esac
+	done < <(sed -nE 's/^ok [0-9]+ //p' "$RESULTS/$name.tap")
+	# what the tests counted
+	sed -nE 's/^# [^ ]*\.c:[0-9]+:([^:]*):(.*[0-9].*)/#   \1: \2/p' "$RESULTS/$name.tap"
+}
