@@ -124,7 +124,7 @@ kselftest_run() {
 		shift
 	done
 	"$REPO/scripts/guest" --share "$SCRATCH/share" --console "$RESULTS/$name.console" \
-		"${options[@]}" -- "/share/$KSELFTEST $args >/share/$name.tap" \
+		"${options[@]}" -- "/share/$KSELFTEST $args >/share/$name.tap 2>&1" \
 		>"$RESULTS/$name.log" 2>&1 || rc=$?
 	cp "$SCRATCH/share/$name.tap" "$RESULTS/" 2>/dev/null || true
 	return $rc
