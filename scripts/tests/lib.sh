@@ -103,28 +103,33 @@ splats() {
 # kselftest NAME: build the series' selftests/mm/NAME.c, for these two
 kselftest() {
 	local tree
-	need_packages gcc libc6-dev
+	need_build_packages
 	tree=$(source_tree series)
 	KSELFTEST=$1
 	mkdir -p "$SCRATCH/share"
-	gcc -O2 -Wall -static -I "$tree" -o "$SCRATCH/share/$1" \
-		"$tree/tools/testing/selftests/mm/$1.c" -lpthread
+	# The headers of the system do not have the latest ioctls.
+	make -s -C "$tree" O="$SCRATCH/headers" ARCH=x86_64 headers_install >"$RESULTS/headers.log" 2>&1
+	gcc -O2 -Wall -static -isystem "$SCRATCH/headers/usr/include" -I "$tree" \
+		-o "$SCRATCH/share/$1" "$tree/tools/testing/selftests/mm/$1.c" -lpthread
 }
 
-# kselftest_run NAME [GUEST-OPTION...] [--test ARGS]: run it in a guest; its
-# output goes to NAME.tap
+# kselftest_run NAME [GUEST-OPTION...] [--swap] [--delays US] [--test ARGS]: run
+# it in a guest, with compressed memory to swap to, with random delays where
+# operations race; its output goes to NAME.tap
 kselftest_run() {
-	local name=$1 rc=0 args='' options=()
+	local name=$1 rc=0 args='' setup=':' options=()
 	shift
 	while (($#)); do
 		case $1 in
 		--test) args=$2; shift ;;
+		--swap) setup+='; echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0' ;;
+		--delays) setup+="; for f in /sys/kernel/debug/mm_race_delay/*; do echo $2 >\$f; done"; shift ;;
 		*) options+=("$1") ;;
 		esac
 		shift
 	done
 	"$REPO/scripts/guest" --share "$SCRATCH/share" --console "$RESULTS/$name.console" \
-		"${options[@]}" -- "/share/$KSELFTEST $args >/share/$name.tap 2>&1" \
+		"${options[@]}" -- "$setup; /share/$KSELFTEST $args >/share/$name.tap 2>&1" \
 		>"$RESULTS/$name.log" 2>&1 || rc=$?
 	cp "$SCRATCH/share/$name.tap" "$RESULTS/" 2>/dev/null || true
 	return $rc

@@ -19,14 +19,18 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <linux/userfaultfd.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/prctl.h>
 #include <sys/resource.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
 #include <unistd.h>
 
 #include "../kselftest_harness.h"
+#include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/speculative_page_fault"
 #define PAGE		4096UL
@@ -38,67 +42,6 @@
 #ifndef MAP_FIXED_NOREPLACE
 #define MAP_FIXED_NOREPLACE 0x100000
 #endif
-
-static long counter(const char *name)
-{
-	FILE *f = fopen("/proc/vmstat", "r");
-	char line[128], key[64];
-	long val, found = -1;
-
-	if (!f)
-		return -1;
-	while (fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
-		    !strcmp(key, name)) {
-			found = val;
-			break;
-		}
-	}
-	fclose(f);
-	return found;
-}
-
-/* The sum over all reasons. */
-static long all_aborts(void)
-{
-	FILE *f = fopen("/proc/vmstat", "r");
-	char line[128], key[64];
-	long val, sum = 0;
-
-	if (!f)
-		return -1;
-	while (fgets(line, sizeof(line), f))
-		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
-		    !strncmp(key, "spf_abort_", 10))
-			sum += val;
-	fclose(f);
-	return sum;
-}
-
-static int sysctl_get(void)
-{
-	char c = 0;
-	int fd = open(SYSCTL, O_RDONLY);
-
-	if (fd < 0)
-		return -1;
-	if (read(fd, &c, 1) != 1)
-		c = '0';
-	close(fd);
-	return c == '1';
-}
-
-static bool sysctl_set(int on)
-{
-	int fd = open(SYSCTL, O_WRONLY);
-	bool ok;
-
-	if (fd < 0)
-		return false;
-	ok = write(fd, on ? "1" : "0", 1) == 1;
-	close(fd);
-	return ok;
-}
 
 /* Accesses that the compiler leaves alone. */
 static void poke(char *p, char what)
@@ -130,6 +73,16 @@ static char *map_table(void)
 	return q;
 }
 
+/*
+ * Give the pages back and keep the page table, which is not reclaimed if it is
+ * covered in part only.
+ */
+static int drop_pages(char *p)
+{
+	return madvise(p, TABLE / 2, MADV_DONTNEED) ||
+	       madvise(p + TABLE / 2, TABLE / 2, MADV_DONTNEED);
+}
+
 /* The same with a page table and an anon_vma, but no pages. */
 static char *map_ready(void)
 {
@@ -138,7 +91,7 @@ static char *map_ready(void)
 	if (!p)
 		return NULL;
 	poke(p, 1);
-	return madvise(p, TABLE, MADV_DONTNEED) ? NULL : p;
+	return drop_pages(p) ? NULL : p;
 }
 
 static void write_pages(char *p, char what)
@@ -165,18 +118,34 @@ static void on_segv(int sig)
 	siglongjmp(fault_jmp, sig);
 }
 
-/* The signal that a write to p gets, or 0. */
-static int write_signal(char *p)
+/* The signal that an access to p gets, or 0. */
+static int access_signal(char *p, bool write)
 {
-	struct sigaction sa = { .sa_handler = on_segv }, old;
+	struct sigaction sa = { .sa_handler = on_segv }, segv, bus;
 	int sig;
 
-	sigaction(SIGSEGV, &sa, &old);
+	sigaction(SIGSEGV, &sa, &segv);
+	sigaction(SIGBUS, &sa, &bus);
 	sig = sigsetjmp(fault_jmp, 1);
-	if (!sig)
-		poke(p, 1);
-	sigaction(SIGSEGV, &old, NULL);
+	if (!sig) {
+		if (write)
+			poke(p, 1);
+		else
+			peek(p);
+	}
+	sigaction(SIGSEGV, &segv, NULL);
+	sigaction(SIGBUS, &bus, NULL);
 	return sig;
+}
+
+static int write_signal(char *p)
+{
+	return access_signal(p, true);
+}
+
+static int read_signal(char *p)
+{
+	return access_signal(p, false);
 }
 
 FIXTURE(spf)
@@ -187,10 +156,10 @@ FIXTURE(spf)
 
 FIXTURE_SETUP(spf)
 {
-	self->was = sysctl_get();
+	self->was = switch_get(SYSCTL);
 	if (self->was < 0)
 		SKIP(return, "needs CONFIG_SPECULATIVE_PAGE_FAULT");
-	if (!sysctl_set(1))
+	if (!switch_set(SYSCTL, 1))
 		SKIP(return, "needs root");
 	self->p = map_ready();
 	ASSERT_NE(self->p, NULL);
@@ -199,11 +168,12 @@ FIXTURE_SETUP(spf)
 FIXTURE_TEARDOWN(spf)
 {
 	if (self->was >= 0)
-		sysctl_set(self->was);
+		switch_set(SYSCTL, self->was);
 }
 
-#define COUNT(name)	long name = counter(#name)
-#define GREW(name, by)	EXPECT_GE(counter(#name) - (name), by)
+#define COUNT(name)	long name = vmstat_read(#name)
+#define COUNT_AGAIN(name)	(name = vmstat_read(#name))
+#define GREW(name, by)	EXPECT_GE(vmstat_read(#name) - (name), by)
 
 TEST_F(spf, read_gets_zero_page)
 {
@@ -350,11 +320,397 @@ TEST_F(spf, forbidden_access_gets_its_signal)
 
 TEST_F(spf, switched_off)
 {
-	ASSERT_TRUE(sysctl_set(0));
+	ASSERT_TRUE(switch_set(SYSCTL, 0));
 	COUNT(spf_attempt);
 	write_pages(self->p, 1);
-	EXPECT_EQ(counter("spf_attempt"), spf_attempt);
+	EXPECT_EQ(vmstat_read("spf_attempt"), spf_attempt);
 	EXPECT_EQ(wrong_pages(self->p, 1), 0);
+}
+
+/* What a thread keeps of a VMA for its next fault */
+
+#define KEPT_ADDR	((char *)(1UL << 45))
+#define KEPT_CHECK	"SPF_TEST_KEPT_CHECK"
+#define MAX_WRITERS	4000
+
+/* Have a speculative fault in the VMA at p. */
+static void keep(char *p)
+{
+	madvise(p, PAGE, MADV_DONTNEED);
+	poke(p, 1);
+}
+
+static char *map_at(char *p, size_t len, int prot)
+{
+	return mmap(p, len, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
+		    MAP_FIXED_NOREPLACE, -1, 0);
+}
+
+/*
+ * The page at p is there, and may not be written.  What another address space
+ * had at p, where it may, is good for one value of the count of writers, so
+ * have all values that it may have been.
+ */
+static int writes_that_got_through(char *p)
+{
+	char *q = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+	int i, bad = 0;
+
+	if (q == MAP_FAILED)
+		return -1;
+	for (i = 0; i < MAX_WRITERS; i++) {
+		bad += write_signal(p) != SIGSEGV;
+		if (mprotect(q, PAGE, i % 2 ? PROT_READ : PROT_NONE))
+			return -1;
+	}
+	return bad;
+}
+
+/* After exec(), before main() */
+static void __attribute__((constructor)) kept_check(void)
+{
+	char *p;
+
+	if (!getenv(KEPT_CHECK))
+		return;
+	p = map_at(KEPT_ADDR, TABLE, PROT_READ);
+	if (p != KEPT_ADDR || peek(p))
+		_exit(2);
+	_exit(writes_that_got_through(p) ? 1 : 0);
+}
+
+TEST_F(spf, kept_not_by_child)
+{
+	pid_t pid;
+	int status;
+
+	write_pages(self->p, 1);
+	keep(self->p);
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		if (mprotect(self->p, TABLE, PROT_READ))
+			_exit(2);
+		_exit(writes_that_got_through(self->p) ? 1 : 0);
+	}
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_EQ(status, 0);
+	/* What the child did to its VMA is nothing to this one. */
+	EXPECT_EQ(write_signal(self->p), 0);
+}
+
+TEST_F(spf, kept_not_over_exec)
+{
+	int status, i;
+	pid_t pid;
+
+	COUNT(spf_success);
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		char *argv[] = { "spf", NULL }, *env[] = { KEPT_CHECK "=1", NULL };
+
+		if (map_at(KEPT_ADDR, TABLE, PROT_READ | PROT_WRITE) != KEPT_ADDR)
+			_exit(3);
+		madvise(KEPT_ADDR, TABLE, MADV_NOHUGEPAGE);
+		for (i = 0; i < 32; i++)
+			poke(KEPT_ADDR + i * PAGE, 1);
+		execve("/proc/self/exe", argv, env);
+		_exit(4);
+	}
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_EQ(status, 0);
+	GREW(spf_success, 16);
+}
+
+TEST_F(spf, kept_without_anon_vma)
+{
+	char *p = map_table();
+	int i;
+
+	ASSERT_NE(p, NULL);
+	EXPECT_EQ(peek(p), 0);
+	COUNT(spf_success);
+	COUNT(spf_abort_anon_vma);
+
+	/* Reading needs none, so the VMA is kept without one. */
+	for (i = 1; i < 32; i++)
+		EXPECT_EQ(peek(p + i * PAGE), 0);
+	GREW(spf_success, 31);
+
+	poke(p + PAGE, 1);
+	GREW(spf_abort_anon_vma, 1);
+
+	/* Now it has one, and nobody has taken mmap_lock for write. */
+	COUNT_AGAIN(spf_success);
+	COUNT_AGAIN(spf_abort_anon_vma);
+	write_pages(p, 2);
+	GREW(spf_success, NR_PAGES - 2);
+	EXPECT_LT(vmstat_read("spf_abort_anon_vma") - spf_abort_anon_vma,
+		  NR_PAGES / 2);
+	EXPECT_EQ(wrong_pages(p, 2), 0);
+}
+
+TEST_F(spf, kept_ends_where_the_vma_does)
+{
+	const int first = 100, behind = 200;
+	char *p = self->p;
+	int i;
+
+	write_pages(p, 3);
+	ASSERT_EQ(mprotect(p, first * PAGE, PROT_READ), 0);
+	ASSERT_EQ(mprotect(p + behind * PAGE, 100 * PAGE, PROT_READ), 0);
+	ASSERT_EQ(madvise(p + first * PAGE, (behind - first) * PAGE,
+			  MADV_DONTNEED), 0);
+
+	COUNT(spf_success);
+	COUNT(spf_abort_access);
+	for (i = first + 1; i < behind - 1; i++) {
+		/* Keeps the VMA in between */
+		poke(p + i * PAGE, 4);
+		EXPECT_EQ(write_signal(p + (first - 1) * PAGE), SIGSEGV);
+		poke(p + i * PAGE, 5);
+		EXPECT_EQ(write_signal(p + behind * PAGE), SIGSEGV);
+	}
+	EXPECT_EQ(write_signal(p + first * PAGE), 0);
+	EXPECT_EQ(write_signal(p + behind * PAGE - 1), 0);
+	GREW(spf_success, behind - first);
+	GREW(spf_abort_access, 2 * (behind - first - 2));
+	EXPECT_EQ(peek(p + (first - 1) * PAGE), 3);
+	EXPECT_EQ(peek(p + behind * PAGE), 3);
+
+	/* The same with nothing at both ends */
+	ASSERT_EQ(munmap(p, first * PAGE), 0);
+	ASSERT_EQ(munmap(p + behind * PAGE, 100 * PAGE), 0);
+	ASSERT_EQ(madvise(p + first * PAGE, (behind - first) * PAGE,
+			  MADV_DONTNEED), 0);
+	poke(p + (first + 1) * PAGE, 6);
+	EXPECT_EQ(read_signal(p + first * PAGE - 1), SIGSEGV);
+	poke(p + (first + 2) * PAGE, 6);
+	EXPECT_EQ(read_signal(p + behind * PAGE), SIGSEGV);
+}
+
+TEST_F(spf, kept_not_after_mprotect)
+{
+	char *p = self->p;
+	int i;
+
+	for (i = 0; i < 100; i++) {
+		keep(p);
+		ASSERT_EQ(mprotect(p, TABLE, PROT_READ), 0);
+		EXPECT_EQ(write_signal(p), SIGSEGV);
+		EXPECT_EQ(write_signal(p + PAGE), SIGSEGV);
+		EXPECT_EQ(read_signal(p + 2 * PAGE), 0);
+		ASSERT_EQ(mprotect(p, TABLE, PROT_NONE), 0);
+		EXPECT_EQ(read_signal(p), SIGSEGV);
+		ASSERT_EQ(mprotect(p, TABLE, PROT_READ | PROT_WRITE), 0);
+		EXPECT_EQ(write_signal(p), 0);
+	}
+}
+
+TEST_F(spf, kept_not_after_mlock)
+{
+	char *p = self->p;
+	int i;
+
+	keep(p);
+	if (mlock2(p, TABLE, MLOCK_ONFAULT))
+		SKIP(return, "mlock2: %s", strerror(errno));
+	COUNT(spf_abort_vma);
+	for (i = 1; i < 32; i++)
+		poke(p + i * PAGE, 1);
+	GREW(spf_abort_vma, 31);
+
+	ASSERT_EQ(munlock(p, TABLE), 0);
+	COUNT(spf_success);
+	for (i = 32; i < 64; i++)
+		poke(p + i * PAGE, 1);
+	GREW(spf_success, 32);
+}
+
+TEST_F(spf, kept_not_after_userfaultfd)
+{
+	struct uffdio_api api = {
+		.api = UFFD_API, .features = UFFD_FEATURE_SIGBUS
+	};
+	struct uffdio_register reg = {
+		.range = { (uintptr_t)self->p, TABLE },
+		.mode = UFFDIO_REGISTER_MODE_MISSING,
+	};
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
+
+	if (fd < 0)
+		SKIP(return, "userfaultfd: %s", strerror(errno));
+	ASSERT_EQ(ioctl(fd, UFFDIO_API, &api), 0);
+	keep(self->p);
+	ASSERT_EQ(ioctl(fd, UFFDIO_REGISTER, &reg), 0);
+	EXPECT_EQ(write_signal(self->p + PAGE), SIGBUS);
+	EXPECT_EQ(read_signal(self->p + 2 * PAGE), SIGBUS);
+	ASSERT_EQ(ioctl(fd, UFFDIO_UNREGISTER, &reg.range), 0);
+	EXPECT_EQ(write_signal(self->p + PAGE), 0);
+	close(fd);
+}
+
+TEST_F(spf, kept_over_dontneed)
+{
+	char *p = self->p;
+	int i;
+
+	/* No writer: the VMA is kept, the pages are not. */
+	write_pages(p, 1);
+	ASSERT_EQ(drop_pages(p), 0);
+	COUNT(spf_success);
+	for (i = 0; i < NR_PAGES; i++)
+		EXPECT_EQ(peek(p + i * PAGE), 0);
+	GREW(spf_success, NR_PAGES);
+}
+
+TEST_F(spf, kept_not_after_map_fixed)
+{
+	char *p = self->p;
+	int i, fd = memfd_create("spf", 0);
+
+	ASSERT_GE(fd, 0);
+	ASSERT_EQ(ftruncate(fd, TABLE), 0);
+	ASSERT_EQ(pwrite(fd, "x", 1, 7 * PAGE), 1);
+	for (i = 0; i < 20; i++) {
+		/* From anonymous to file ... */
+		keep(p);
+		ASSERT_EQ(mmap(p, TABLE, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_FIXED, fd, 0), p);
+		EXPECT_EQ(peek(p + 7 * PAGE), 'x');
+		EXPECT_EQ(peek(p + 8 * PAGE), 0);
+		/* ... and back: that there was a file must not be kept, either. */
+		ASSERT_EQ(mmap(p, TABLE, PROT_READ | PROT_WRITE,
+			       MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED |
+			       MAP_NORESERVE, -1, 0), p);
+		madvise(p, TABLE, MADV_NOHUGEPAGE);
+		poke(p, 1);
+		COUNT(spf_success);
+		EXPECT_EQ(peek(p + 7 * PAGE), 0);
+		poke(p + 7 * PAGE, 2);
+		EXPECT_EQ(peek(p + 7 * PAGE), 2);
+		GREW(spf_success, 2);
+	}
+	close(fd);
+}
+
+TEST_F(spf, kept_beside_file)
+{
+	int i, fd = memfd_create("spf", 0);
+	char *f, *p = self->p;
+
+	ASSERT_GE(fd, 0);
+	ASSERT_EQ(ftruncate(fd, TABLE), 0);
+	f = mmap(NULL, TABLE, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+	ASSERT_NE(f, MAP_FAILED);
+
+	COUNT(spf_success);
+	COUNT(spf_abort_vma);
+	for (i = 0; i < NR_PAGES; i++) {
+		poke(f + i * PAGE, i);
+		poke(p + i * PAGE, i + 1);
+	}
+	GREW(spf_success, NR_PAGES);
+	GREW(spf_abort_vma, NR_PAGES);
+	for (i = 0; i < NR_PAGES; i++) {
+		EXPECT_EQ(peek(f + i * PAGE), (char)i);
+		EXPECT_EQ(peek(p + i * PAGE), (char)(i + 1));
+	}
+	close(fd);
+}
+
+#define NR_KEEPERS	8
+
+struct keeper {
+	pthread_t thread;
+	char *own, *shared;
+	int nr, wrong;
+};
+
+static void *keeper_fn(void *data)
+{
+	struct keeper *k = data;
+	int i;
+
+	/* Back and forth between two VMAs, one of them that of all threads. */
+	for (i = k->nr; i < NR_PAGES; i += NR_KEEPERS) {
+		poke(k->own + i * PAGE, i);
+		poke(k->shared + i * PAGE, k->nr);
+	}
+	for (i = k->nr; i < NR_PAGES; i += NR_KEEPERS) {
+		k->wrong += peek(k->own + i * PAGE) != (char)i;
+		k->wrong += peek(k->shared + i * PAGE) != k->nr;
+	}
+	return NULL;
+}
+
+TEST_F(spf, kept_by_many_threads)
+{
+	struct keeper k[NR_KEEPERS] = { };
+	int i, round;
+
+	for (i = 0; i < NR_KEEPERS; i++) {
+		k[i].own = map_ready();
+		ASSERT_NE(k[i].own, NULL);
+		k[i].shared = self->p;
+		k[i].nr = i;
+	}
+	COUNT(spf_success);
+	for (round = 0; round < 20; round++) {
+		for (i = 0; i < NR_KEEPERS; i++)
+			ASSERT_EQ(pthread_create(&k[i].thread, NULL, keeper_fn,
+						 &k[i]), 0);
+		for (i = 0; i < NR_KEEPERS; i++) {
+			pthread_join(k[i].thread, NULL);
+			EXPECT_EQ(k[i].wrong, 0);
+			drop_pages(k[i].own);
+		}
+		drop_pages(self->p);
+	}
+	/* Threads that begin and end take mmap_lock for write, too. */
+	GREW(spf_success, 20 * NR_PAGES);
+}
+
+struct protector {
+	char *p;
+	int step;		/* even: it is the protector's turn */
+};
+
+static void *protector_fn(void *data)
+{
+	struct protector *w = data;
+	int step = 0;
+
+	while (step < 2000) {
+		while (__atomic_load_n(&w->step, __ATOMIC_ACQUIRE) != step)
+			sched_yield();
+		mprotect(w->p, TABLE, step % 4 ? PROT_READ | PROT_WRITE : PROT_READ);
+		step += 2;
+		__atomic_store_n(&w->step, step - 1, __ATOMIC_RELEASE);
+	}
+	return NULL;
+}
+
+TEST_F(spf, kept_not_after_other_thread)
+{
+	struct protector w = { .p = self->p };
+	pthread_t thread;
+	int step = 0, wrong = 0;
+
+	keep(self->p);
+	ASSERT_EQ(pthread_create(&thread, NULL, protector_fn, &w), 0);
+	while (step < 2000) {
+		while (__atomic_load_n(&w.step, __ATOMIC_ACQUIRE) != step + 1)
+			sched_yield();
+		/* mprotect() has returned, over there. */
+		wrong += write_signal(self->p + (step / 2 % NR_PAGES) * PAGE) !=
+			 (step % 4 ? 0 : SIGSEGV);
+		step += 2;
+		__atomic_store_n(&w.step, step, __ATOMIC_RELEASE);
+	}
+	pthread_join(thread, NULL);
+	EXPECT_EQ(wrong, 0);
 }
 
 /* Races.  Touchers write their page with a number that only grows, and check
@@ -455,10 +811,10 @@ FIXTURE_VARIANT_ADD(spf_race, collapse) { .disrupt = collapse, .may_drop = true 
 
 FIXTURE_SETUP(spf_race)
 {
-	self->was = sysctl_get();
+	self->was = switch_get(SYSCTL);
 	if (self->was < 0)
 		SKIP(return, "needs CONFIG_SPECULATIVE_PAGE_FAULT");
-	if (!sysctl_set(1))
+	if (!switch_set(SYSCTL, 1))
 		SKIP(return, "needs root");
 	self->p = map_ready();
 	self->q = map_ready();
@@ -472,7 +828,7 @@ FIXTURE_SETUP(spf_race)
 FIXTURE_TEARDOWN(spf_race)
 {
 	if (self->was >= 0)
-		sysctl_set(self->was);
+		switch_set(SYSCTL, self->was);
 }
 
 struct toucher {
@@ -519,7 +875,7 @@ static void *toucher_fn(void *data)
 TEST_F_TIMEOUT(spf_race, contents_are_right, 120)
 {
 	struct toucher t[NR_TOUCHERS];
-	long success = counter("spf_success"), aborts = all_aborts();
+	long success = vmstat_read("spf_success"), aborts = vmstat_sum("spf_abort_");
 	time_t end = time(NULL) + RACE_SECONDS;
 	int i;
 
@@ -536,8 +892,8 @@ TEST_F_TIMEOUT(spf_race, contents_are_right, 120)
 	for (i = 0; i < NR_TOUCHERS; i++)
 		pthread_join(t[i].thread, NULL);
 
-	success = counter("spf_success") - success;
-	aborts = all_aborts() - aborts;
+	success = vmstat_read("spf_success") - success;
+	aborts = vmstat_sum("spf_abort_") - aborts;
 	TH_LOG("%lu rounds, %lu accesses: %ld speculative faults, %ld aborted, %lu words wrong",
 	       self->rounds, self->faults, success, aborts, self->wrong);
 	EXPECT_EQ(self->wrong, 0);

@@ -1,0 +1,1064 @@
+// SPDX-License-Identifier: GPL-2.0
+/*
+ * Reclaim of empty page tables by MADV_DONTNEED: which ones go, which ones
+ * stay, and does nobody lose or see again what he should not?
+ *
+ * Page tables of one process are counted by its VmPTE, which does not wait for
+ * the grace period.  The events in /proc/vmstat are of the whole system: a test
+ * asks for at least as many as it has caused.
+ */
+#define _GNU_SOURCE
+#include <errno.h>
+#include <fcntl.h>
+#include <linux/userfaultfd.h>
+#include <pthread.h>
+#include <sched.h>
+#include <signal.h>
+#include <stdatomic.h>
+#include <stdint.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/mman.h>
+#include <sys/prctl.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
+#include <time.h>
+#include <unistd.h>
+
+#include "../kselftest_harness.h"
+#include "vmstat_sysctl.h"
+
+#define SYSCTL		"/proc/sys/vm/pt_reclaim"
+#define PAGE		4096UL
+#define TABLE		(2UL << 20)
+#define NR_PAGES	512
+#define GIB		(1UL << 30)
+#define RACE_SECONDS	3
+
+#ifndef MADV_DONTNEED_LOCKED
+#define MADV_DONTNEED_LOCKED 24
+#endif
+#ifndef MADV_PAGEOUT
+#define MADV_PAGEOUT 21
+#endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
+
+static void poke(char *p, char what)
+{
+	__atomic_store_n(p, what, __ATOMIC_RELAXED);
+}
+
+static char peek(const char *p)
+{
+	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+/* Page tables of this process in kB. */
+static long vm_pte(void)
+{
+	FILE *f = fopen("/proc/self/status", "r");
+	char line[128];
+	long val = -1;
+
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f))
+		if (sscanf(line, "VmPTE: %ld", &val) == 1)
+			break;
+	fclose(f);
+	return val;
+}
+
+static bool write_str(const char *path, const char *what)
+{
+	int fd = open(path, O_WRONLY);
+	bool ok;
+
+	if (fd < 0)
+		return false;
+	ok = write(fd, what, strlen(what)) == (ssize_t)strlen(what);
+	close(fd);
+	return ok;
+}
+
+/* Address space for some page tables, with nothing mapped around it. */
+static char *reserve(unsigned long size)
+{
+	char *p = mmap(NULL, size + 2 * TABLE, PROT_NONE,
+		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	return (char *)(((uintptr_t)p + TABLE) & ~(TABLE - 1));
+}
+
+static char *map_at(char *at, unsigned long size, int flags, int fd)
+{
+	char *p = mmap(at, size, PROT_READ | PROT_WRITE,
+		       flags | MAP_FIXED | MAP_NORESERVE, fd, 0);
+
+	if (p == MAP_FAILED)
+		return NULL;
+	if (madvise(p, size, MADV_NOHUGEPAGE) && errno != EINVAL)
+		return NULL;
+	return p;
+}
+
+static char *map_anon(unsigned long size)
+{
+	char *p = reserve(size);
+
+	return p ? map_at(p, size, MAP_PRIVATE | MAP_ANONYMOUS, -1) : NULL;
+}
+
+static void write_pages(char *p, int nr, char what)
+{
+	int i;
+
+	for (i = 0; i < nr; i++)
+		poke(p + i * PAGE, what);
+}
+
+static int count_pages(const char *p, int nr, char what)
+{
+	int i, found = 0;
+
+	for (i = 0; i < nr; i++)
+		found += peek(p + i * PAGE) == what;
+	return found;
+}
+
+/* A file with this in its first byte of each page. */
+static int make_file(unsigned long size, char what)
+{
+	int fd = memfd_create("pt_reclaim", 0);
+	unsigned long off;
+
+	if (fd < 0 || ftruncate(fd, size))
+		return -1;
+	for (off = 0; off < size; off += PAGE)
+		if (pwrite(fd, &what, 1, off) != 1)
+			return -1;
+	return fd;
+}
+
+FIXTURE(reclaim)
+{
+	int was_on;
+	long scanned;
+	long freed;
+	long busy;
+	long flush;
+};
+
+FIXTURE_SETUP(reclaim)
+{
+	self->was_on = switch_get(SYSCTL);
+	if (self->was_on < 0)
+		SKIP(return, "no " SYSCTL);
+	if (!switch_set(SYSCTL, 1))
+		SKIP(return, "cannot write " SYSCTL);
+	self->scanned = vmstat_read("pt_reclaim_scanned");
+	self->freed = vmstat_read("pt_reclaim_freed");
+	self->busy = vmstat_read("pt_reclaim_busy");
+	self->flush = vmstat_read("pt_reclaim_flush");
+}
+
+FIXTURE_TEARDOWN(reclaim)
+{
+	switch_set(SYSCTL, self->was_on);
+}
+
+#define freed_by_now()	(vmstat_read("pt_reclaim_freed") - self->freed)
+#define busy_by_now()	(vmstat_read("pt_reclaim_busy") - self->busy)
+
+/* What it is for: 50 GiB touched and returned, 2 MiB by 2 MiB. */
+TEST_F(reclaim, sweep)
+{
+	const unsigned long size = 50 * GIB;
+	unsigned long off;
+	long before;
+	char *p;
+
+	p = map_anon(size);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	for (off = 0; off < size; off += TABLE) {
+		poke(p + off, 1);
+		ASSERT_EQ(madvise(p + off, TABLE, MADV_DONTNEED), 0);
+	}
+	TH_LOG("VmPTE grew by %ld kB, pt_reclaim_freed by %ld",
+	       vm_pte() - before, freed_by_now());
+	EXPECT_LE(vm_pte() - before, 208);
+	EXPECT_GE(freed_by_now(), (long)(size / TABLE));
+	munmap(p, size);
+}
+
+/* All at once: the tables are in one batch and one flush. */
+TEST_F(reclaim, many_tables_at_once)
+{
+	const unsigned long size = GIB;
+	unsigned long off;
+	long before;
+	char *p;
+	int i;
+
+	p = map_anon(size);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	for (i = 1; i <= 3; i++) {
+		for (off = 0; off < size; off += TABLE)
+			poke(p + off, i);
+		EXPECT_GE(vm_pte() - before, (long)(size / TABLE * 4));
+		ASSERT_EQ(madvise(p, size, MADV_DONTNEED), 0);
+		EXPECT_LE(vm_pte() - before, 16);
+		for (off = 0; off < size; off += TABLE)
+			ASSERT_EQ(peek(p + off), 0);
+		ASSERT_EQ(madvise(p, size, MADV_DONTNEED), 0);
+	}
+	munmap(p, size);
+}
+
+TEST_F(reclaim, switched_off)
+{
+	long before;
+	char *p;
+
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_TRUE(switch_set(SYSCTL, 0));
+	before = vm_pte();
+	write_pages(p, NR_PAGES, 1);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
+
+	/* Tables that were emptied before are found when switched on. */
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	before = vm_pte();
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_LE(vm_pte() - before, -4);
+	munmap(p, TABLE);
+}
+
+TEST_F(reclaim, partly_covered_stays)
+{
+	long scanned, before;
+	char *p;
+
+	p = map_anon(2 * TABLE);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	write_pages(p, 2 * NR_PAGES, 1);
+	scanned = vmstat_read("pt_reclaim_scanned");
+	/* All but the first page, all but the last, around the border. */
+	ASSERT_EQ(madvise(p + PAGE, TABLE - PAGE, MADV_DONTNEED), 0);
+	ASSERT_EQ(madvise(p, TABLE - PAGE, MADV_DONTNEED), 0);
+	ASSERT_EQ(madvise(p + TABLE / 2, TABLE, MADV_DONTNEED), 0);
+	EXPECT_GE(vm_pte() - before, 8);
+	EXPECT_EQ(vmstat_read("pt_reclaim_scanned"), scanned);
+	EXPECT_EQ(count_pages(p, NR_PAGES + NR_PAGES / 2, 0),
+		  NR_PAGES + NR_PAGES / 2);
+	EXPECT_EQ(count_pages(p + TABLE + TABLE / 2, NR_PAGES / 2, 1),
+		  NR_PAGES / 2);
+	munmap(p, 2 * TABLE);
+}
+
+/* Two VMAs in one page table: it belongs to neither. */
+TEST_F(reclaim, shared_with_neighbour_stays)
+{
+	long before;
+	char *p;
+
+	p = reserve(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_NE(map_at(p, TABLE / 2, MAP_PRIVATE | MAP_ANONYMOUS, -1), NULL);
+	ASSERT_NE(map_at(p + TABLE / 2, TABLE / 2, MAP_SHARED | MAP_ANONYMOUS,
+			 -1), NULL);
+	before = vm_pte();
+	write_pages(p, NR_PAGES, 1);
+	ASSERT_EQ(madvise(p, TABLE / 2, MADV_DONTNEED), 0);
+	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(count_pages(p + TABLE / 2, NR_PAGES / 2, 1), NR_PAGES / 2);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(count_pages(p, NR_PAGES / 2, 0), NR_PAGES / 2);
+	munmap(p, TABLE);
+}
+
+/* Copies go, as they do without reclaim, and the file shows again. */
+TEST_F(reclaim, private_file)
+{
+	long before;
+	char *p;
+	int fd;
+
+	fd = make_file(TABLE, 'f');
+	ASSERT_GE(fd, 0);
+	p = reserve(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_NE(map_at(p, TABLE, MAP_PRIVATE, fd), NULL);
+	before = vm_pte();
+	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
+	write_pages(p, NR_PAGES / 2, 'c');
+	EXPECT_GE(vm_pte() - before, 4);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_GE(freed_by_now(), 1);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
+	munmap(p, TABLE);
+	close(fd);
+}
+
+TEST_F(reclaim, shared_file)
+{
+	long before;
+	char *p;
+	int fd;
+
+	fd = make_file(TABLE, 'f');
+	ASSERT_GE(fd, 0);
+	p = reserve(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_NE(map_at(p, TABLE, MAP_SHARED, fd), NULL);
+	before = vm_pte();
+	write_pages(p, NR_PAGES, 's');
+	EXPECT_GE(vm_pte() - before, 4);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 's'), NR_PAGES);
+	munmap(p, TABLE);
+	close(fd);
+}
+
+TEST_F(reclaim, swapped_out)
+{
+	char line[256] = "";
+	long before;
+	FILE *f;
+	char *p;
+
+	f = fopen("/proc/swaps", "r");
+	if (f) {
+		while (fgets(line, sizeof(line), f))
+			;
+		fclose(f);
+	}
+	if (!f || !strncmp(line, "Filename", 8))
+		SKIP(return, "no swap");
+
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	write_pages(p, NR_PAGES, 1);
+	ASSERT_EQ(madvise(p, TABLE, MADV_PAGEOUT), 0);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
+	munmap(p, TABLE);
+}
+
+TEST_F(reclaim, mlocked)
+{
+	long before;
+	char *p;
+
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	if (mlock(p, TABLE))
+		SKIP(return, "mlock: %s", strerror(errno));
+	write_pages(p, NR_PAGES, 1);
+	EXPECT_EQ(madvise(p, TABLE, MADV_DONTNEED), -1);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 1), NR_PAGES);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED_LOCKED), 0);
+	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
+	munmap(p, TABLE);
+}
+
+TEST_F(reclaim, forked)
+{
+	int status;
+	char *p;
+	pid_t pid;
+	int go[2];
+	char c;
+
+	ASSERT_EQ(pipe(go), 0);
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	write_pages(p, NR_PAGES, 1);
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (read(go[0], &c, 1) != 1)
+			_exit(2);
+		_exit(count_pages(p, NR_PAGES, 1) != NR_PAGES);
+	}
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	EXPECT_GE(freed_by_now(), 1);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
+	write_pages(p, NR_PAGES, 2);
+	ASSERT_EQ(write(go[1], "x", 1), 1);
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_EQ(status, 0);
+	EXPECT_EQ(count_pages(p, NR_PAGES, 2), NR_PAGES);
+	munmap(p, TABLE);
+	close(go[0]);
+	close(go[1]);
+}
+
+/* Write protection of userfaultfd leaves markers in mappings of files. */
+TEST_F(reclaim, uffd_wp_stays)
+{
+	struct uffdio_api api = {
+		.api = UFFD_API,
+		.features = UFFD_FEATURE_WP_HUGETLBFS_SHMEM,
+	};
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_WP };
+	struct uffdio_writeprotect wp = { .mode = UFFDIO_WRITEPROTECT_MODE_WP };
+	uint64_t entry = 0;
+	int uffd, fd, pm;
+	char *p;
+
+	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (uffd < 0)
+		SKIP(return, "no userfaultfd: %s", strerror(errno));
+	if (ioctl(uffd, UFFDIO_API, &api))
+		SKIP(return, "no write protection of files: %s",
+		     strerror(errno));
+
+	fd = make_file(TABLE, 'f');
+	ASSERT_GE(fd, 0);
+	p = reserve(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_NE(map_at(p, TABLE, MAP_SHARED, fd), NULL);
+	write_pages(p, NR_PAGES, 's');
+	reg.range.start = (uintptr_t)p;
+	reg.range.len = TABLE;
+	ASSERT_EQ(ioctl(uffd, UFFDIO_REGISTER, &reg), 0);
+	wp.range = reg.range;
+	ASSERT_EQ(ioctl(uffd, UFFDIO_WRITEPROTECT, &wp), 0);
+	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+
+	/* Bit 57 of pagemap: still write-protected, though nothing is there. */
+	pm = open("/proc/self/pagemap", O_RDONLY);
+	ASSERT_GE(pm, 0);
+	ASSERT_EQ(pread(pm, &entry, 8, (uintptr_t)p / PAGE * 8), 8);
+	EXPECT_EQ(entry >> 57 & 1, 1);
+	close(pm);
+	close(uffd);
+	munmap(p, TABLE);
+	close(fd);
+}
+
+/* A huge page is not ours, and what is deposited for it is not counted here. */
+TEST_F(reclaim, huge_page)
+{
+	char *p;
+	int i;
+
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	if (madvise(p, TABLE, MADV_HUGEPAGE))
+		SKIP(return, "no transparent huge pages");
+	for (i = 1; i < 50; i++) {
+		/* Small pages, one huge page, split, gone. */
+		poke(p, i);
+		write_pages(p, NR_PAGES, i);
+		madvise(p, TABLE, MADV_COLLAPSE);
+		EXPECT_EQ(count_pages(p, NR_PAGES, i), NR_PAGES);
+		ASSERT_EQ(madvise(p + PAGE, PAGE, MADV_DONTNEED), 0);
+		EXPECT_EQ(peek(p + PAGE), 0);
+		EXPECT_EQ(count_pages(p, NR_PAGES, i), NR_PAGES - 1);
+		ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+		EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
+		ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
+	}
+	munmap(p, TABLE);
+}
+
+static void *hog(void *arg)
+{
+	atomic_bool *stop = arg;
+
+	while (!atomic_load(stop))
+		;
+	return NULL;
+}
+
+/* A zap that has to make way for others reclaims all the same. */
+TEST_F(reclaim, rescheduled)
+{
+	const unsigned long size = 64 * TABLE;
+	pthread_t thread[2];
+	atomic_bool stop = false;
+	cpu_set_t cpu;
+	long before;
+	char *p;
+	int i, round;
+
+	CPU_ZERO(&cpu);
+	CPU_SET(0, &cpu);
+	ASSERT_EQ(sched_setaffinity(0, sizeof(cpu), &cpu), 0);
+	p = map_anon(size);
+	ASSERT_NE(p, NULL);
+	for (i = 0; i < 2; i++)
+		ASSERT_EQ(pthread_create(&thread[i], NULL, hog, &stop), 0);
+	before = vm_pte();
+	for (round = 0; round < 3; round++) {
+		write_pages(p, size / PAGE, 1);
+		ASSERT_EQ(madvise(p, size, MADV_DONTNEED), 0);
+		EXPECT_LE(vm_pte() - before, 8);
+	}
+	EXPECT_GE(freed_by_now(), 3 * 64);
+	atomic_store(&stop, true);
+	for (i = 0; i < 2; i++)
+		pthread_join(thread[i], NULL);
+	munmap(p, size);
+}
+
+/*
+ * The oracle.  One thread zaps the whole range over and over; the generation is
+ * odd while it does.  Others write to pages, each to its own, and read them
+ * back.  For each page its owner knows
+ *
+ *  - what he has written last, and the generation before and after that;
+ *  - so: if no zap has begun since before the write, it has to be there;
+ *  - and if a zap has begun, and ended, after the write, it must be zero.
+ *
+ * In between either will do.
+ */
+#define NR_OWNERS	3
+#define MAX_RANGE	(16 * NR_PAGES)
+
+struct race {
+	char *p;
+	int pages;
+	atomic_ulong gen;
+	atomic_bool stop;
+	atomic_long zaps;
+	atomic_long lost;
+	atomic_long back;
+	atomic_long wrong;
+	atomic_long checks;
+	bool huge;
+};
+
+struct owner {
+	struct race *race;
+	int nr;
+};
+
+struct page_state {
+	unsigned long value;
+	unsigned long begin;
+	unsigned long end;
+};
+
+static void check_page(struct race *race, char *addr, struct page_state *state)
+{
+	unsigned long gen, val;
+
+	gen = atomic_load(&race->gen);
+	val = __atomic_load_n((unsigned long *)addr, __ATOMIC_SEQ_CST);
+	if (gen & 1 || atomic_load(&race->gen) != gen)
+		return;
+
+	atomic_fetch_add(&race->checks, 1);
+	if (val && val != state->value)
+		atomic_fetch_add(&race->wrong, 1);
+	if (!val && state->value && state->begin == gen)
+		atomic_fetch_add(&race->lost, 1);
+	/* The first even number after the first whole zap after the write */
+	if (val && gen >= ((state->end + 1) & ~1UL) + 2)
+		atomic_fetch_add(&race->back, 1);
+}
+
+static void *own(void *arg)
+{
+	struct owner *owner = arg;
+	struct race *race = owner->race;
+	static __thread struct page_state states[MAX_RANGE];
+	unsigned long value = 0;
+	unsigned int seed = owner->nr;
+	int i, n;
+
+	while (!atomic_load(&race->stop)) {
+		for (n = 0; n < 64; n++) {
+			struct page_state *state;
+			char *addr;
+
+			i = rand_r(&seed) % (race->pages / NR_OWNERS);
+			i = i * NR_OWNERS + owner->nr;
+			state = &states[i];
+			addr = race->p + i * PAGE;
+			if (rand_r(&seed) & 1) {
+				state->begin = atomic_load(&race->gen);
+				state->value = ++value * NR_OWNERS + owner->nr;
+				__atomic_store_n((unsigned long *)addr,
+						 state->value,
+						 __ATOMIC_SEQ_CST);
+				state->end = atomic_load(&race->gen);
+			}
+			check_page(race, addr, state);
+		}
+	}
+	return NULL;
+}
+
+static void *zap(void *arg)
+{
+	const unsigned long huge = 1;
+	struct race *race = arg;
+	unsigned long n = 0;
+
+	while (!atomic_load(&race->stop)) {
+		/* The other way round only after all is gone: see below. */
+		if (race->huge)
+			madvise(race->p, race->pages * PAGE,
+				n++ & huge ? MADV_NOHUGEPAGE : MADV_HUGEPAGE);
+		atomic_fetch_add(&race->gen, 1);
+		if (madvise(race->p, race->pages * PAGE, MADV_DONTNEED))
+			atomic_fetch_add(&race->wrong, 1);
+		atomic_fetch_add(&race->gen, 1);
+		atomic_fetch_add(&race->zaps, 1);
+		/* Let the others fill some of it. */
+		usleep(rand() % 2000);
+	}
+	return NULL;
+}
+
+static bool run_race(struct race *race, void *(*disrupt)(void *))
+{
+	pthread_t thread[NR_OWNERS], zapper, disruptor;
+	struct owner owner[NR_OWNERS];
+	int i;
+
+	if (pthread_create(&zapper, NULL, zap, race))
+		return false;
+	for (i = 0; i < NR_OWNERS; i++) {
+		owner[i] = (struct owner){ .race = race, .nr = i };
+		if (pthread_create(&thread[i], NULL, own, &owner[i]))
+			return false;
+	}
+	if (disrupt && pthread_create(&disruptor, NULL, disrupt, race))
+		return false;
+	sleep(RACE_SECONDS);
+	atomic_store(&race->stop, true);
+	for (i = 0; i < NR_OWNERS; i++)
+		pthread_join(thread[i], NULL);
+	pthread_join(zapper, NULL);
+	if (disrupt)
+		pthread_join(disruptor, NULL);
+	return true;
+}
+
+#define race_went_well(which)						\
+do {									\
+	struct race *__r = (which);					\
+									\
+	TH_LOG("%ld zaps, %ld pages checked, %ld tables freed, %ld busy, %ld flushes", \
+	       atomic_load(&__r->zaps), atomic_load(&__r->checks),	\
+	       freed_by_now(), busy_by_now(),				\
+	       vmstat_read("pt_reclaim_flush") - self->flush);		\
+	EXPECT_EQ(atomic_load(&__r->lost), 0);				\
+	EXPECT_EQ(atomic_load(&__r->back), 0);				\
+	EXPECT_EQ(atomic_load(&__r->wrong), 0);				\
+	EXPECT_GE(atomic_load(&__r->checks), 100);			\
+	EXPECT_GE(atomic_load(&__r->zaps), 10);				\
+	EXPECT_GE(freed_by_now(), 10);					\
+} while (0)
+
+/*
+ * Historical: a table that was refilled after its lock had been dropped was
+ * freed.  A zap of several tables gives the others time to do so.
+ */
+TEST_F(reclaim, refilled_table)
+{
+	struct race race = { .pages = 8 * NR_PAGES };
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+TEST_F(reclaim, one_table_refilled)
+{
+	struct race race = { .pages = NR_PAGES };
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/*
+ * A range that is mapped by small pages and by huge ones in turn: no one may
+ * see the old pages through what is left in his TLB.
+ */
+TEST_F(reclaim, small_and_huge_in_turn)
+{
+	struct race race = { .pages = 2 * NR_PAGES, .huge = true };
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	if (madvise(race.p, race.pages * PAGE, MADV_HUGEPAGE))
+		SKIP(return, "no transparent huge pages");
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+static void read_all(const char *path)
+{
+	char buf[4096];
+	int fd = open(path, O_RDONLY);
+
+	if (fd < 0)
+		return;
+	while (read(fd, buf, sizeof(buf)) > 0)
+		;
+	close(fd);
+}
+
+/* Those who walk page tables of a process. */
+static void *disrupt_walks(void *arg)
+{
+	struct race *race = arg;
+	unsigned char vec[MAX_RANGE];
+	uint64_t buf[NR_PAGES];
+	int pm = open("/proc/self/pagemap", O_RDONLY);
+
+	while (!atomic_load(&race->stop)) {
+		read_all("/proc/self/smaps_rollup");
+		pread(pm, buf, sizeof(buf), (uintptr_t)race->p / PAGE * 8);
+		mincore(race->p, race->pages * PAGE, vec);
+		madvise(race->p, race->pages * PAGE, MADV_PAGEOUT);
+		madvise(race->p, race->pages * PAGE, MADV_COLD);
+	}
+	close(pm);
+	return NULL;
+}
+
+TEST_F(reclaim, page_table_walks)
+{
+	struct race race = { .pages = 4 * NR_PAGES };
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_TRUE(run_race(&race, disrupt_walks));
+	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/* Those who copy, collapse and merge. */
+static void *disrupt_changes(void *arg)
+{
+	struct race *race = arg;
+	int status, n = 0;
+	pid_t pid;
+
+	madvise(race->p, race->pages * PAGE, MADV_MERGEABLE);
+	while (!atomic_load(&race->stop)) {
+		madvise(race->p, race->pages * PAGE, MADV_COLLAPSE);
+		if (n++ % 8)
+			continue;
+		pid = fork();
+		if (!pid)
+			_exit(0);
+		if (pid > 0)
+			waitpid(pid, &status, 0);
+	}
+	return NULL;
+}
+
+TEST_F(reclaim, fork_collapse_merge)
+{
+	struct race race = { .pages = 4 * NR_PAGES };
+	int ksm = switch_get("/sys/kernel/mm/ksm/run");
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	write_str("/sys/kernel/mm/ksm/run", "1");
+	ASSERT_TRUE(run_race(&race, disrupt_changes));
+	write_str("/sys/kernel/mm/ksm/run", ksm == 1 ? "1" : "0");
+	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/* The page tables of a file, which khugepaged takes away as well. */
+static void *disrupt_file(void *arg)
+{
+	struct race *race = arg;
+
+	while (!atomic_load(&race->stop)) {
+		char c;
+		int i;
+
+		for (i = 0; i < race->pages; i += 7) {
+			c = peek(race->p + i * PAGE);
+			if (c != 'f')
+				atomic_fetch_add(&race->wrong, 1);
+		}
+		madvise(race->p, race->pages * PAGE, MADV_DONTNEED);
+	}
+	return NULL;
+}
+
+static void *collapse_file(void *arg)
+{
+	struct race *race = arg;
+
+	while (!atomic_load(&race->stop)) {
+		madvise(race->p, race->pages * PAGE, MADV_COLLAPSE);
+		atomic_fetch_add(&race->checks, 1);
+	}
+	return NULL;
+}
+
+TEST_F(reclaim, collapse_of_file)
+{
+	struct race race = { .pages = 4 * NR_PAGES };
+	pthread_t thread[3];
+	int fd, i;
+
+	fd = make_file(race.pages * PAGE, 'f');
+	ASSERT_GE(fd, 0);
+	race.p = reserve(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_EQ(mmap(race.p, race.pages * PAGE, PROT_READ | PROT_WRITE,
+		       MAP_SHARED | MAP_FIXED, fd, 0), race.p);
+	for (i = 0; i < 3; i++)
+		ASSERT_EQ(pthread_create(&thread[i], NULL,
+					 i ? disrupt_file : collapse_file,
+					 &race), 0);
+	sleep(RACE_SECONDS);
+	atomic_store(&race.stop, true);
+	for (i = 0; i < 3; i++)
+		pthread_join(thread[i], NULL);
+	TH_LOG("%ld collapses, %ld tables freed, %ld busy",
+	       atomic_load(&race.checks), freed_by_now(), busy_by_now());
+	EXPECT_EQ(atomic_load(&race.wrong), 0);
+	EXPECT_GE(atomic_load(&race.checks), 3);
+	munmap(race.p, race.pages * PAGE);
+	close(fd);
+}
+
+/*
+ * UFFDIO_MOVE and UFFDIO_COPY into a table that is being reclaimed: a page that
+ * has been moved or copied there is there, unless it was zapped afterwards.
+ */
+static void *zap_around(void *arg)
+{
+	struct race *race = arg;
+
+	while (!atomic_load(&race->stop)) {
+		atomic_fetch_add(&race->gen, 1);
+		madvise(race->p, TABLE, MADV_DONTNEED);
+		atomic_fetch_add(&race->gen, 1);
+		atomic_fetch_add(&race->zaps, 1);
+		usleep(rand() % 200);
+	}
+	return NULL;
+}
+
+TEST_F(reclaim, uffd_move_and_copy)
+{
+	struct uffdio_api api = {
+		.api = UFFD_API,
+		.features = UFFD_FEATURE_MOVE,
+	};
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	time_t end = time(NULL) + RACE_SECONDS;
+	long moved = 0, copied = 0, again = 0;
+	struct race race = { .pages = NR_PAGES };
+	unsigned long gen;
+	pthread_t zapper;
+	uint64_t entry;
+	char *src, *dst;
+	int uffd, pm, n;
+
+	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+	if (uffd < 0)
+		SKIP(return, "no userfaultfd: %s", strerror(errno));
+	if (ioctl(uffd, UFFDIO_API, &api))
+		SKIP(return, "no UFFDIO_MOVE: %s", strerror(errno));
+
+	src = map_anon(TABLE);
+	race.p = map_anon(TABLE);
+	ASSERT_NE(src, NULL);
+	ASSERT_NE(race.p, NULL);
+	reg.range.start = (uintptr_t)race.p;
+	reg.range.len = TABLE;
+	ASSERT_EQ(ioctl(uffd, UFFDIO_REGISTER, &reg), 0);
+	pm = open("/proc/self/pagemap", O_RDONLY);
+	ASSERT_GE(pm, 0);
+	ASSERT_EQ(pthread_create(&zapper, NULL, zap_around, &race), 0);
+
+	for (n = 0; time(NULL) < end; n++) {
+		int i = n % NR_PAGES, ret;
+
+		dst = race.p + i * PAGE;
+		poke(src + i * PAGE, n | 1);
+		gen = atomic_load(&race.gen);
+		if (n & 1) {
+			struct uffdio_move move = {
+				.dst = (uintptr_t)dst,
+				.src = (uintptr_t)src + i * PAGE,
+				.len = PAGE,
+			};
+
+			ret = ioctl(uffd, UFFDIO_MOVE, &move);
+			moved += !ret;
+		} else {
+			struct uffdio_copy copy = {
+				.dst = (uintptr_t)dst,
+				.src = (uintptr_t)src + i * PAGE,
+				.len = PAGE,
+			};
+
+			ret = ioctl(uffd, UFFDIO_COPY, &copy);
+			copied += !ret;
+		}
+		if (ret && errno == EAGAIN) {
+			again++;
+			continue;
+		}
+		/* Two are the same only if it was there before: no zap since */
+		if (ret && errno == EEXIST && !(gen & 1) &&
+		    atomic_load(&race.gen) == gen) {
+			ASSERT_EQ(pread(pm, &entry, 8,
+					(uintptr_t)dst / PAGE * 8), 8);
+			if (atomic_load(&race.gen) == gen)
+				EXPECT_NE(entry >> 63, 0);
+			continue;
+		}
+		if (ret)
+			continue;
+		ASSERT_EQ(pread(pm, &entry, 8, (uintptr_t)dst / PAGE * 8), 8);
+		if (!(gen & 1) && atomic_load(&race.gen) == gen)
+			EXPECT_NE(entry >> 63, 0);
+	}
+	atomic_store(&race.stop, true);
+	pthread_join(zapper, NULL);
+	TH_LOG("%ld zaps, %ld moved, %ld copied, %ld times EAGAIN, %ld tables freed",
+	       atomic_load(&race.zaps), moved, copied, again, freed_by_now());
+	EXPECT_GE(moved, 10);
+	EXPECT_GE(copied, 10);
+	EXPECT_GE(freed_by_now(), 10);
+	close(uffd);
+	close(pm);
+	munmap(src, TABLE);
+	munmap(race.p, TABLE);
+}
+
+/* mremap() moves what is in page tables next to those that come and go. */
+TEST_F(reclaim, mremap_next_to_it)
+{
+	time_t end = time(NULL) + RACE_SECONDS;
+	struct race race = { .pages = NR_PAGES };
+	char *area, *home, *away;
+	pthread_t zapper;
+	long moves = 0;
+
+	/* One page table each: the zapped one, and those of the other VMA */
+	area = reserve(4 * TABLE);
+	ASSERT_NE(area, NULL);
+	race.p = map_at(area, TABLE, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	home = map_at(area + TABLE, TABLE / 2, MAP_PRIVATE | MAP_ANONYMOUS, -1);
+	away = area + 2 * TABLE + TABLE / 2;
+	ASSERT_NE(race.p, NULL);
+	ASSERT_NE(home, NULL);
+	write_pages(home, NR_PAGES / 2, 'm');
+	ASSERT_EQ(pthread_create(&zapper, NULL, zap, &race), 0);
+	while (time(NULL) < end) {
+		write_pages(race.p, NR_PAGES, 1);
+		ASSERT_EQ(mremap(home, TABLE / 2, TABLE / 2,
+				 MREMAP_MAYMOVE | MREMAP_FIXED, away), away);
+		ASSERT_EQ(count_pages(away, NR_PAGES / 2, 'm'), NR_PAGES / 2);
+		ASSERT_EQ(mremap(away, TABLE / 2, TABLE / 2,
+				 MREMAP_MAYMOVE | MREMAP_FIXED, home), home);
+		ASSERT_EQ(count_pages(home, NR_PAGES / 2, 'm'), NR_PAGES / 2);
+		moves += 2;
+	}
+	atomic_store(&race.stop, true);
+	pthread_join(zapper, NULL);
+	TH_LOG("%ld moves, %ld tables freed", moves, freed_by_now());
+	EXPECT_GE(moves, 10);
+	EXPECT_GE(freed_by_now(), 10);
+	munmap(area, 4 * TABLE);
+}
+
+/* What is freed waits for a grace period, and is charged for until then. */
+#define CGROUP		"/sys/fs/cgroup/pt_reclaim_test"
+
+TEST_F(reclaim, small_cgroup_does_not_run_out)
+{
+	time_t end = time(NULL) + RACE_SECONDS;
+	int status, i;
+	pid_t pid;
+
+	write_str("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	if (mkdir(CGROUP, 0755) && errno != EEXIST)
+		SKIP(return, "cannot make " CGROUP ": %s", strerror(errno));
+	if (!write_str(CGROUP "/memory.max", "33554432")) {
+		rmdir(CGROUP);
+		SKIP(return, "cannot set memory.max of a cgroup");
+	}
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		char *p;
+
+		prctl(PR_SET_PDEATHSIG, SIGKILL);
+		if (!write_str(CGROUP "/cgroup.procs", "0"))
+			_exit(2);
+		p = map_anon(GIB);
+		if (!p)
+			_exit(3);
+		while (time(NULL) < end) {
+			for (i = 0; i < 64; i++)
+				poke(p + i * TABLE, 1);
+			if (madvise(p, GIB, MADV_DONTNEED))
+				_exit(1);
+			usleep(10000);
+		}
+		_exit(0);
+	}
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_EQ(status, 0);
+	EXPECT_GE(freed_by_now(), 64);
+	for (i = 0; i < 50 && rmdir(CGROUP); i++)
+		usleep(100000);
+}
+
+/* In a process of one thread nobody has to flush for anybody. */
+TEST_F(reclaim, no_flush_without_concurrency)
+{
+	char *p;
+	int i;
+
+	p = map_anon(4 * TABLE);
+	ASSERT_NE(p, NULL);
+	for (i = 0; i < 100; i++) {
+		write_pages(p, 4 * NR_PAGES, 1);
+		ASSERT_EQ(madvise(p, 4 * TABLE, MADV_DONTNEED), 0);
+		madvise(p, 4 * TABLE, i & 1 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
+	}
+	EXPECT_EQ(vmstat_read("pt_reclaim_flush"), self->flush);
+	munmap(p, 4 * TABLE);
+}
+
+TEST_HARNESS_MAIN

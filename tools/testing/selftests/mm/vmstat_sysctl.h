@@ -1,0 +1,78 @@
+/* SPDX-License-Identifier: GPL-2.0 */
+/*
+ * Events of /proc/vmstat, and switches below /proc/sys.
+ */
+#ifndef _SELFTESTS_MM_VMSTAT_SYSCTL_H
+#define _SELFTESTS_MM_VMSTAT_SYSCTL_H
+
+#include <fcntl.h>
+#include <stdbool.h>
+#include <stdio.h>
+#include <string.h>
+#include <unistd.h>
+
+/* The sum of all whose name begins with this; -1 if there are none. */
+static inline long vmstat_sum(const char *prefix)
+{
+	FILE *f = fopen("/proc/vmstat", "r");
+	char line[128], key[64];
+	long val, sum = -1;
+
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
+		    !strncmp(key, prefix, strlen(prefix)))
+			sum = (sum < 0 ? 0 : sum) + val;
+	}
+	fclose(f);
+	return sum;
+}
+
+/* The value of one; -1 if there is none of this name. */
+static inline long vmstat_read(const char *name)
+{
+	FILE *f = fopen("/proc/vmstat", "r");
+	char line[128], key[64];
+	long val, found = -1;
+
+	if (!f)
+		return -1;
+	while (fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
+		    !strcmp(key, name)) {
+			found = val;
+			break;
+		}
+	}
+	fclose(f);
+	return found;
+}
+
+/* A switch that is 0 or 1; -1 if there is none. */
+static inline int switch_get(const char *path)
+{
+	int fd = open(path, O_RDONLY);
+	char c = '0';
+
+	if (fd < 0)
+		return -1;
+	if (read(fd, &c, 1) != 1)
+		c = '0';
+	close(fd);
+	return c == '1';
+}
+
+static inline bool switch_set(const char *path, int on)
+{
+	int fd = open(path, O_WRONLY);
+	bool ok;
+
+	if (fd < 0)
+		return false;
+	ok = write(fd, on ? "1" : "0", 1) == 1;
+	close(fd);
+	return ok;
+}
+
+#endif /* _SELFTESTS_MM_VMSTAT_SYSCTL_H */
