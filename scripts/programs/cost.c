@@ -20,9 +20,9 @@
 #include <unistd.h>
 #include <x86intrin.h>
 
+#include "measure.h"
+
 #define OPS	4096
-#define PAGE	4096UL
-#define TABLE	(2UL << 20)		/* what one page table maps */
 
 static uint64_t sample[OPS];
 static uint64_t overhead;
@@ -80,48 +80,6 @@ static void read_all(const char *name, char *p)
 		MEASURE(i, sink = *(volatile char *)(p + i * PAGE));
 	if (name)
 		report(name, OPS);
-}
-
-/* A child that shares all pages until it is told to go. */
-static pid_t fork_child(int *pipe_end)
-{
-	int fd[2];
-	pid_t pid;
-	char c;
-
-	if (pipe(fd))
-		err(1, "pipe");
-	pid = fork();
-	if (pid < 0)
-		err(1, "fork");
-	if (!pid) {
-		close(fd[1]);
-		if (read(fd[0], &c, 1) < 0)
-			_exit(1);
-		_exit(0);
-	}
-	close(fd[0]);
-	*pipe_end = fd[1];
-	return pid;
-}
-
-static void end_child(pid_t pid, int pipe_end)
-{
-	close(pipe_end);
-	waitpid(pid, NULL, 0);
-}
-
-static void drop(char *p, size_t len)
-{
-	if (madvise(p, len, MADV_DONTNEED))
-		err(1, "madvise");
-}
-
-/* The page tables stay, as none is covered completely. */
-static void drop_pages(char *p, size_t len)
-{
-	for (char *end = p + len; p < end; p += TABLE / 2)
-		drop(p, TABLE / 2);
 }
 
 int main(void)

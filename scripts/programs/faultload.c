@@ -25,9 +25,9 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
-#define PAGE	4096UL
+#include "measure.h"
+
 #define RANGE	(16UL << 20)
-#define TABLE	(2UL << 20)		/* what one page table maps */
 #define AREAS	(1UL << 44)		/* an address where nothing is */
 #define FILLERS	512
 
@@ -75,41 +75,6 @@ static void *fault(void *arg)
 	return NULL;
 }
 
-/* A child that shares all pages until it is told to go. */
-static pid_t fork_child(int *pipe_end)
-{
-	int fd[2];
-	pid_t pid;
-	char c;
-
-	if (pipe(fd))
-		err(1, "pipe");
-	pid = fork();
-	if (pid < 0)
-		err(1, "fork");
-	if (!pid) {
-		close(fd[1]);
-		_exit(read(fd[0], &c, 1) != 0);
-	}
-	close(fd[0]);
-	*pipe_end = fd[1];
-	return pid;
-}
-
-static void end_child(pid_t pid, int pipe_end)
-{
-	close(pipe_end);
-	waitpid(pid, NULL, 0);
-}
-
-/* Give the pages back; the page tables stay, as none is covered completely. */
-static void drop(char *p, size_t len)
-{
-	for (char *end = p + len; p < end; p += TABLE / 2)
-		if (madvise(p, TABLE / 2, MADV_DONTNEED))
-			err(1, "madvise");
-}
-
 static void measure(const char *kind)
 {
 	size_t len = threads * RANGE;
@@ -127,7 +92,7 @@ static void measure(const char *kind)
 			pid = 0;
 		}
 	} else {
-		drop(area, len);
+		drop_pages(area, len);
 		if (!strcmp(kind, "over-zero"))
 			touch(area, len, 0);
 		else if (strcmp(kind, "read") && strcmp(kind, "write"))
@@ -142,7 +107,7 @@ static void measure(const char *kind)
 	MARK_REPORT;
 	if (pid)
 		end_child(pid, pipe_end);
-	drop(area, len);
+	drop_pages(area, len);
 }
 
 static char *map(char *addr, size_t len)
