@@ -11,8 +11,8 @@
 #include <string.h>
 #include <unistd.h>
 
-/* The sum of all whose name begins with this; -1 if there are none. */
-static inline long vmstat_sum(const char *prefix)
+/* The sum of all whose names begin with these n bytes; -1 if there are none. */
+static inline long __vmstat_sum(const char *name, size_t n)
 {
 	FILE *f = fopen("/proc/vmstat", "r");
 	char line[128], key[64];
@@ -22,31 +22,22 @@ static inline long vmstat_sum(const char *prefix)
 		return -1;
 	while (fgets(line, sizeof(line), f)) {
 		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
-		    !strncmp(key, prefix, strlen(prefix)))
+		    !strncmp(key, name, n))
 			sum = (sum < 0 ? 0 : sum) + val;
 	}
 	fclose(f);
 	return sum;
 }
 
-/* The value of one; -1 if there is none of this name. */
+static inline long vmstat_sum(const char *prefix)
+{
+	return __vmstat_sum(prefix, strlen(prefix));
+}
+
+/* The value of one: the end of its name is compared, too. */
 static inline long vmstat_read(const char *name)
 {
-	FILE *f = fopen("/proc/vmstat", "r");
-	char line[128], key[64];
-	long val, found = -1;
-
-	if (!f)
-		return -1;
-	while (fgets(line, sizeof(line), f)) {
-		if (sscanf(line, "%63s %ld", key, &val) == 2 &&
-		    !strcmp(key, name)) {
-			found = val;
-			break;
-		}
-	}
-	fclose(f);
-	return found;
+	return __vmstat_sum(name, strlen(name) + 1);
 }
 
 /* A switch that is 0 or 1; -1 if there is none. */
