@@ -33,6 +33,9 @@ die()  { printf '%s: error: %s\n' "${0##*/}" "$*" >&2; exit 1; }
 # usage: print the comment block at the top of the calling script
 usage() { sed -n '/^# Usage:/,/^$/{/^#/{s/^# \{0,1\}//;p}}' "$0"; }
 
+# head_of NAME PATCH: what the head of a patch in scripts/mutations says
+head_of() { sed -n "/^diff /q; s/^$1: *//p" "$2"; }
+
 # need_space DIR GB: die unless DIR's file system has that much free
 need_space() {
 	local free
@@ -97,6 +100,140 @@ debian_mirror() {
 	printf '%s\n' "$uri"
 }
 
+# scratch: make $SCRATCH, a directory that goes away when this (sub)shell ends
+scratch() {
+	SCRATCH=$(mktemp -d)
+	trap 'rm -rf "$SCRATCH"' EXIT
+	trap 'exit 130' INT
+	trap 'exit 143' TERM HUP
+}
+
+# kgit ARG...: git with nobody's settings: what it writes must not depend on them
+kgit() {
+	GIT_CONFIG_GLOBAL=/dev/null GIT_CONFIG_SYSTEM=/dev/null git \
+		-c core.abbrev=auto -c core.quotePath=true -c core.autocrlf=false \
+		-c core.hooksPath=/dev/null -c core.attributesFile=/dev/null \
+		-c core.commitGraph=false -c gc.auto=0 -c maintenance.auto=false \
+		-c commit.gpgSign=false -c am.threeWay=false -c am.messageId=false \
+		-c apply.whitespace=nowarn -c apply.ignoreWhitespace=no \
+		-c i18n.commitEncoding=UTF-8 -c i18n.logOutputEncoding=UTF-8 \
+		-c tar.umask=0022 -c advice.detachedHead=false "$@"
+}
+
+# patch_names: the file names in the quilt series, in order
+patch_names() {
+	[[ -e $PATCHES/series ]] || return 0
+	sed 's/[[:space:]]*#.*//; /^[[:space:]]*$/d' "$PATCHES/series"
+}
+
+# read_series: set LIST to the patches, as absolute paths
+read_series() {
+	local n
+	LIST=()
+	while read -r n; do
+		[[ -f $PATCHES/$n ]] || die "patches/$BASE/series names $n, which is not there"
+		LIST+=("$PATCHES/$n")
+	done < <(patch_names)
+}
+
+# header FIELD FILE: a header of a mail, unfolded
+header() {
+	sed '/^$/q' "$2" |
+		awk -v f="$1" '
+			/^[ \t]/ { if (on) { sub(/^[ \t]+/, " "); s = s $0 } next }
+			{ on = 0 }
+			!seen && index($0, f ": ") == 1 { s = substr($0, length(f) + 3); on = seen = 1 }
+			END { print s }'
+}
+
+# subject FILE: without the [PATCH n/m]
+subject() { header Subject "$1" | sed 's/^\[[^]]*\] *//'; }
+
+# touched FILE...: the paths that patches change, create or remove
+touched() {
+	sed -nE 's,^(---|\+\+\+) [ab]/([^\t]*).*,\2,p; s,^(rename|copy) (from|to) (.*),\3,p;
+		s,^diff --git a/(.*) b/\1$,\1,p' "$@" | LC_ALL=C sort -u
+}
+
+# dirty DIR: does git see uncommitted changes to tracked files?
+dirty() { [[ -n $(git -C "$1" status --porcelain --untracked-files=no) ]]; }
+
+# at_rest DIR: die if DIR has changes that are not committed, or git has been
+# interrupted there
+at_rest() {
+	local f
+	! dirty "$1" || die "$1 has changes that are not committed; commit or stash them first"
+	for f in rebase-apply rebase-merge MERGE_HEAD CHERRY_PICK_HEAD; do
+		[[ ! -e $(git -C "$1" rev-parse --path-format=absolute --git-path "$f") ]] ||
+			die "$1 is in the middle of a git am, rebase, merge or cherry-pick; finish that first"
+	done
+}
+
+# outside DIR: die unless DIR is outside of the repository, and new or empty
+outside() {
+	case $1/ in "$REPO"/*) die "$1 is inside the repository; name a directory outside" ;; esac
+	[[ ! -e $1 ]] || [[ -d $1 && -z $(ls -A "$1") ]] || die "$1 exists already; name a new directory"
+}
+
+# What get_maintainer.pl, and b4, want to see of a kernel tree
+# shellcheck disable=SC2034
+FOR_MAINTAINERS=(/COPYING /CREDITS /Kbuild /Kconfig /MAINTAINERS /README
+	/.get_maintainer.ignore /scripts/get_maintainer.pl /arch/Kconfig /drivers/Kconfig
+	/fs/Kconfig /init/Kconfig /ipc/Makefile /kernel/Makefile /lib/Kconfig)
+
+# sparse_clone REPO DIR COMMIT [PATTERN...]: a repository that borrows REPO's
+# objects and has no files but those the patches touch, and PATTERN
+sparse_clone() {
+	local gitdir=$2/.git f
+	kgit init -q "$2"
+	git -C "$1" rev-parse --path-format=absolute --git-path objects >"$gitdir/objects/info/alternates"
+	f=$(git -C "$1" rev-parse --path-format=absolute --git-path shallow)
+	[[ ! -e $f ]] || cp "$f" "$gitdir/shallow"
+	{
+		printf '%s\n' /.gitattributes /.mailmap /Makefile "${@:4}"
+		((${#LIST[@]} == 0)) || touched "${LIST[@]}" | sed 's,^,/,'
+	} >"$gitdir/sparse"
+	kgit -C "$2" sparse-checkout set --no-cone --stdin <"$gitdir/sparse"
+	kgit -C "$2" checkout -q --detach "$3"
+}
+
+# suite_apt DIR deb|deb-src SUITE: set APT to an apt-get for SUITE of MIRROR, the
+# one that this machine uses.  It knows of no other source and of no installed
+# package, and keeps its lists and downloads in DIR.
+suite_apt() {
+	MIRROR=$(debian_mirror) || exit
+	need_packages debian-archive-keyring
+	mkdir -p "$1/lists/partial" "$1/cache/archives/partial"
+	: >"$1/status"
+	echo "$2 [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] $MIRROR $3 main" >"$1/sources.list"
+	# shellcheck disable=SC2034
+	APT=(apt-get -q -o Dir::Etc::sourcelist="$1/sources.list"
+		-o Dir::Etc::sourceparts=/dev/null -o Dir::State::status="$1/status"
+		-o Dir::State::lists="$1/lists" -o Dir::Cache="$1/cache"
+		-o Acquire::Languages=none
+		-o Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false
+		-o Acquire::IndexTargets::deb-src::Contents-dsc::DefaultEnabled=false
+		-o Acquire::Retries=2 -o Acquire::http::Timeout=30 -o Debug::NoLocking=1
+		-o APT::Sandbox::User=root -o APT::Update::Error-Mode=any)
+}
+
+# debian_source DIR SUITE PACKAGE [VERSIONS]: download the upstream tarball of a
+# source package to DIR, and print its path; of the versions that the regular
+# expression matches the latest that the mirror has.  DIR/apt.log says more.
+debian_source() {
+	local tarball version
+	suite_apt "$1" deb-src "$2"
+	"${APT[@]}" update >"$1/apt.log" 2>&1 || return
+	for version in $("${APT[@]/%apt-get/apt-cache}" showsrc --only-source "$3" 2>>"$1/apt.log" |
+		sed -n 's/^Version: //p' | grep -E "${4:-.}" | sort -rVu); do
+		(cd "$1" && "${APT[@]}" source --download-only --tar-only "$3=$version") >>"$1/apt.log" 2>&1 || continue
+		for tarball in "$1"/*.orig.tar.*; do
+			[[ ! -e $tarball ]] || { printf '%s\n' "$tarball"; return; }
+		done
+	done
+	return 1
+}
+
 # source_tree base|series: bring $CACHE/src/NAME up to date and print its path.
 # Only files that differ are written, so that make rebuilds no more than it must.
 source_tree() {
@@ -106,14 +243,15 @@ source_tree() {
 	esac
 }
 
-# patched_tree NAME PATCH...: the same for the base with just these patches
+# patched_tree NAME base|series PATCH...: the same for one of these with patches on top
 patched_tree() { locked src _patched_tree "$@"; }
 
 _patched_tree() {
-	local base commit name=$1
-	shift
+	local base commit=base name=$1 on=$2
+	shift 2
 	base=$("$REPO/scripts/base") || exit
-	commit=$(_patched_commit "$base" "$@") || exit
+	[[ $on == base ]] || commit=$(_series_commit "$base") || exit
+	commit=$(_patched_commit "$base" "$commit" "$@") || exit
 	_src_tree "$name" "$commit"
 }
 
@@ -153,30 +291,24 @@ _src_tree() {
 
 # _series_commit BASE: print the id of the commit that is base + the series
 _series_commit() {
-	local list=$PATCHES/series patch
-	local patches=()
-	if [[ -e $list ]]; then
-		mapfile -t patches < <(sed 's/[[:space:]]*#.*//; s/[[:space:]]*$//; /^$/d' "$list")
-	fi
-	for patch in "${patches[@]}"; do
-		[[ -e $PATCHES/$patch ]] || die "$list names $patch, which does not exist"
-	done
-	_patched_commit "$1" "${patches[@]/#/$PATCHES/}"
+	local LIST
+	read_series
+	_patched_commit "$1" base "${LIST[@]}"
 }
 
-# _patched_commit BASE PATCH...: print the id of the commit that is base + patches
+# _patched_commit REPO COMMIT PATCH...: print the id of the commit that is COMMIT + patches
 _patched_commit() {
 	local git=(git -C "$1") key ref patch tree base log
 	local index=$CACHE/.series-index
-	shift
-	base=$("${git[@]}" rev-parse 'base^{commit}')
+	base=$("${git[@]}" rev-parse "$2^{commit}")
+	shift 2
 	(($#)) || { printf '%s\n' "$base"; return; }
 	key=$({ echo "$base"; cat "$@"; } | sha256sum | cut -c1-40)
 	ref=refs/spf/$key
 	if ! "${git[@]}" rev-parse -q --verify "$ref^{commit}"; then
 		rm -f "$index"
 		export GIT_INDEX_FILE=$index
-		"${git[@]}" read-tree base
+		"${git[@]}" read-tree "$base"
 		for patch; do
 			log=$("${git[@]}" apply --cached "$patch" 2>&1 | sed -n 1p) || {
 				rm -f "$index"

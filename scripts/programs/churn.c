@@ -15,18 +15,12 @@
 #include <stdlib.h>
 #include <x86intrin.h>
 
+#include "measure.h"
+
 #define CHUNK	(4UL << 20)
-#define PAGE	4096UL
 #define ROUNDS	64
 
 static uint64_t sample[ROUNDS];
-
-static int compare(const void *a, const void *b)
-{
-	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-
-	return x < y ? -1 : x > y;
-}
 
 static void churn(const char *name, const char *what, size_t stride)
 {

@@ -28,13 +28,6 @@ static uint64_t sample[OPS];
 static uint64_t overhead;
 static volatile char sink;
 
-static int compare(const void *a, const void *b)
-{
-	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
-
-	return x < y ? -1 : x > y;
-}
-
 static void report(const char *name, int n)
 {
 	uint64_t sum = 0;

@@ -1,12 +1,31 @@
 /* SPDX-License-Identifier: GPL-2.0 */
-/* What the programs that measure page faults have in common. */
+/* What the programs that measure have in common. */
 #include <err.h>
+#include <stdint.h>
 #include <sys/mman.h>
 #include <sys/wait.h>
+#include <time.h>
 #include <unistd.h>
 
 #define PAGE	4096UL
 #define TABLE	(2UL << 20)		/* what one page table maps */
+
+/* For qsort(), of uint64_t. */
+static inline int compare(const void *a, const void *b)
+{
+	uint64_t x = *(const uint64_t *)a, y = *(const uint64_t *)b;
+
+	return x < y ? -1 : x > y;
+}
+
+/* ns */
+static inline uint64_t now(void)
+{
+	struct timespec t;
+
+	clock_gettime(CLOCK_MONOTONIC, &t);
+	return t.tv_sec * 1000000000UL + t.tv_nsec;
+}
 
 /* A child that shares all pages until it is told to go. */
 static inline pid_t fork_child(int *pipe_end)

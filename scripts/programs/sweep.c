@@ -3,6 +3,10 @@
  * What an allocator leaves behind that gives memory back with MADV_DONTNEED and
  * goes on elsewhere: touches so many GiB, 2 MiB at a time, gives each back
  * before it goes on, and prints VmPTE in kB before and after.
+ *
+ * Usage: sweep [GIB [STEP]]
+ *
+ * With STEP it prints "GIB VMPTE" each time it has touched so many GiB.
  */
 #include <err.h>
 #include <stdint.h>
@@ -30,6 +34,7 @@ static long vm_pte(void)
 int main(int argc, char **argv)
 {
 	unsigned long size = (argc > 1 ? strtoul(argv[1], NULL, 0) : 50) << 30;
+	unsigned long step = (argc > 2 ? strtoul(argv[2], NULL, 0) : 0) << 30;
 	long before;
 	char *p;
 
@@ -42,10 +47,15 @@ int main(int argc, char **argv)
 
 	before = vm_pte();
 	for (char *q = p; q < p + size; q += CHUNK) {
+		if (step && (q - p) % step == 0)
+			printf("%lu %ld\n", (q - p) >> 30, vm_pte());
 		*(volatile char *)q = 1;
 		if (madvise(q, CHUNK, MADV_DONTNEED))
 			err(1, "madvise");
 	}
-	printf("%ld %ld\n", before, vm_pte());
+	if (step)
+		printf("%lu %ld\n", size >> 30, vm_pte());
+	else
+		printf("%ld %ld\n", before, vm_pte());
 	return 0;
 }

@@ -17,9 +17,10 @@
  *
  * MARK_REPORT writes OUT.N.lines (shared lines written per fault, each with its
  * name and who stores to it), OUT.N.symbols and OUT.N.addresses (instructions
- * per fault), N being 0, 1, ..., and begins anew.  Lines get names from the guest's own memory,
- * read at that moment: from the image's and the per-CPU symbols, or from the
- * slab cache that the page belongs to.  With slab_nomerge a cache holds nothing
+ * per fault), and OUT.N.vcpus (each vCPU's by symbol), N being 0, 1, ..., and
+ * begins anew.  Lines get names from the guest's own memory, read at that
+ * moment: from the image's and the per-CPU symbols, or from the slab cache that
+ * the page belongs to.  With slab_nomerge a cache holds nothing
  * but what its name says.
  *
  * Arguments: map=System.map, out=PREFIX, ram=FILE (the guest's memory, shared),
@@ -411,8 +412,7 @@ static struct name name_address(uint64_t pa, uint64_t va, int cpus)
 		sym = symbol_at(&image, va);
 		snprintf(name.s, sizeof(name.s), "%.100s+%" PRIu64, sym->name, va - sym->addr);
 	} else if (va - vmemmap < (ram_size >> 12) * layout[PAGE_SIZE_OF].value) {
-		snprintf(name.s, sizeof(name.s), "page+%" PRIu64,
-			 va % layout[PAGE_SIZE_OF].value);
+		name = name_field("page", va % layout[PAGE_SIZE_OF].value);
 	} else if (!name_percpu(va, cpus, &name) && !name_object(va, &name) &&
 		   !name_slab(pa, &name)) {
 		/* Of the page allocator or of before it, and no slab. */
@@ -753,6 +753,28 @@ static void report_profile(FILE *symbols, FILE *addresses, uint64_t faults)
 	free(count);
 }
 
+/* Instructions of each vCPU per fault, where there are any to speak of. */
+static void report_vcpus(FILE *f, int n_cpus)
+{
+	uint64_t *n = alloc(image.n, sizeof(*n));
+
+	for (int i = 0; i < n_cpus; i++) {
+		memset(n, 0, image.n * sizeof(*n));
+		for (struct block *b = blocks; b; b = b->next)
+			for (size_t j = 0; b->n[i] && j < b->insns; j++) {
+				const struct symbol *sym = symbol_at(&image, b->pc[j]);
+
+				if (sym)
+					n[sym - image.sym] += b->n[i];
+			}
+		for (size_t j = 0; j < image.n; j++)
+			if (n[j] && n[j] * 10 >= cpus[i].faults)
+				fprintf(f, "%d %s %.2f\n", i, image.sym[j].name,
+					(double)n[j] / cpus[i].faults);
+	}
+	free(n);
+}
+
 /* The other vCPUs must not be measured any more. */
 static void report(void)
 {
@@ -760,6 +782,7 @@ static void report(void)
 	FILE *lines = open_out(section, "lines");
 	FILE *symbols = open_out(section, "symbols");
 	FILE *addresses = open_out(section, "addresses");
+	FILE *vcpus = open_out(section, "vcpus");
 	uint64_t faults = 0;
 	int n_cpus = 0;
 
@@ -773,10 +796,11 @@ static void report(void)
 	if (faults) {
 		report_lines(lines, faults, n_cpus);
 		report_profile(symbols, addresses, faults);
+		report_vcpus(vcpus, n_cpus);
 	}
 	clear_counts();
 	pthread_mutex_unlock(&blocks_lock);
-	if (fclose(lines) || fclose(symbols) || fclose(addresses))
+	if (fclose(lines) || fclose(symbols) || fclose(addresses) || fclose(vcpus))
 		fail("cannot write %s.%d.*", out, section);
 	section++;
 }

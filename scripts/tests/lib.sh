@@ -1,14 +1,10 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: GPL-2.0
 #
-# tests/lib.sh - what the parts of scripts/test share.  A part sources it with
-# its own arguments, reports with ok, not_ok, skip or check, and ends.
+# tests/lib.sh - what the parts of scripts/test, and of scripts/bench, share.  A
+# part sources it with its own arguments, reports with ok, not_ok, skip or check,
+# and ends.  What its head tells about it is in runner.sh.
 #
-# The head of a part tells scripts/test about it:
-#   # Part: what it tests, one line
-#   # Time: minutes [minutes with --full]
-#   # Run: default|full
-#   # Order: N
 # A part may use $SCRATCH (a directory that goes away), $RESULTS (one that
 # stays) and ${FULL:-} (not empty: take the time it needs).
 
@@ -23,7 +19,7 @@ case ${1-} in
 *) die "unknown argument $1 (--help tells)" ;;
 esac
 
-RESULTS=${RESULTS:-$CACHE/results/single/${0##*/}}
+RESULTS=${RESULTS:-$CACHE/results/single/$(basename "${0%/*}")/${0##*/}}
 mkdir -p "$RESULTS"
 SCRATCH=$(mktemp -d)
 
@@ -86,9 +82,22 @@ refuses() {
 	rm -f "$log" "$log.out"
 }
 
+# benchmark NAME [KERNEL...]: have the figures of that benchmark of scripts/bench
+# in $RESULTS; what it reports is reported here, too
+benchmark() {
+	RESULTS=$RESULTS BENCH_KERNELS="${*:2}" "$REPO/scripts/bench.d/$1" || : >"$SCRATCH/.failed"
+}
+
+# figure CSV WHAT NAME=VALUE...: that field of the line that has these values
+figure() {
+	awk -F, -v what="$2" -v want="${*:3}" '
+	NR == 1 { for (i = 1; i <= NF; i++) column[$i] = i; n = split(want, w, "[ =]"); next }
+	{ for (i = 1; i < n; i += 2) if ($column[w[i]] != w[i + 1]) next; print $column[what]; exit }' "$1"
+}
+
 # use_ccache: the same cache and paths as scripts/build
 use_ccache() {
-	export CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=5G CCACHE_BASEDIR=$CACHE CCACHE_NOHASHDIR=1
+	export CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=5G CCACHE_BASEDIR=$CACHE CCACHE_NOHASHDIR=1 CCACHE_DEPEND=1
 	export KBUILD_BUILD_TIMESTAMP='Thu Jan  2 09:32:00 UTC 2025'
 	export KBUILD_BUILD_USER=build KBUILD_BUILD_HOST=localhost
 }
@@ -100,30 +109,53 @@ splats() {
 	grep -aE "$SPLAT" "$1" | grep -avE "$NO_SPLAT"
 }
 
+# kunit_run TREE BUILD-DIR [OPTION-OF-KUNIT.PY...]: run the series' KUnit suites
+# under QEMU with two CPUs.  What the console says goes to BUILD-DIR/test.log,
+# which is not there if it did not get that far.
+kunit_run() {
+	local tree=$1 build=$2
+	shift 2
+	use_ccache
+	mkdir -p "$build"
+	rm -f "$build/test.log"
+	locked "build-${build##*/}" env -C "$tree" PYTHONDONTWRITEBYTECODE=1 \
+		tools/testing/kunit/kunit.py run --arch x86_64 --kunitconfig "$KUNITCONFIG" \
+		--build_dir "$build" --jobs "$JOBS" \
+		--make_options 'CC=ccache gcc' --make_options 'HOSTCC=ccache gcc' \
+		--qemu_args '-smp 2' --timeout 600 "$@"
+}
+KUNITCONFIG=mm/tests/.kunitconfig
+
 # kselftest NAME: build the series' selftests/mm/NAME.c, for these two
 kselftest() {
 	local tree
+	KSELFTEST=$1
+	[[ ! -e $SCRATCH/share/$1 ]] || return 0
 	need_build_packages
 	tree=$(source_tree series)
-	KSELFTEST=$1
 	mkdir -p "$SCRATCH/share"
 	# The headers of the system do not have the latest ioctls.
-	make -s -C "$tree" O="$SCRATCH/headers" ARCH=x86_64 headers_install >"$RESULTS/headers.log" 2>&1
+	[[ -e $SCRATCH/headers/usr ]] ||
+		make -s -C "$tree" O="$SCRATCH/headers" ARCH=x86_64 headers_install >"$RESULTS/headers.log" 2>&1
 	gcc -O2 -Wall -static -isystem "$SCRATCH/headers/usr/include" -I "$tree" \
-		-o "$SCRATCH/share/$1" "$tree/tools/testing/selftests/mm/$1.c" -lpthread
+		-o "$SCRATCH/share/$1" "$tree/tools/testing/selftests/mm/$1.c" \
+		"$tree/tools/testing/selftests/mm/vm_util.c" -lpthread
 }
 
-# kselftest_run NAME [GUEST-OPTION...] [--swap] [--delays US] [--test ARGS]: run
-# it in a guest, with compressed memory to swap to, with random delays where
-# operations race; its output goes to NAME.tap
+# kselftest_run NAME [GUEST-OPTION...] [--swap] [--delays US] [--module NAME]
+# [--setup CMD] [--test ARGS]: run it in a guest, with compressed memory to swap
+# to, with random delays where operations race, with a module loaded, after CMD;
+# its output goes to NAME.tap
 kselftest_run() {
 	local name=$1 rc=0 args='' setup=':' options=()
 	shift
 	while (($#)); do
 		case $1 in
 		--test) args=$2; shift ;;
+		--setup) setup+="; $2"; shift ;;
 		--swap) setup+='; echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0' ;;
 		--delays) setup+="; for f in /sys/kernel/debug/mm_race_delay/*; do echo $2 >\$f; done"; shift ;;
+		--module) setup+="; modprobe $2"; shift ;;
 		*) options+=("$1") ;;
 		esac
 		shift
@@ -154,4 +186,72 @@ kselftest_passes() {
 	done < <(sed -nE 's/^ok [0-9]+ //p' "$RESULTS/$name.tap")
 	# what the tests counted
 	sed -nE 's/^# [^ ]*\.c:[0-9]+:([^:]*):(.*[0-9].*)/#   \1: \2/p' "$RESULTS/$name.tap"
+}
+
+# functions_of_series: the names of the functions that the series adds
+functions_of_series() {
+	cat "$PATCHES"/*.patch | sed -nE '
+		/^\+\+\+ b\/(tools|Documentation)\//,/^diff /d
+		s/^\+(static |inline |__always_inline |noinline |const |struct |unsigned |bool |int |void |long |[a-z_]+_t )*\**([a-z_0-9]+)\([^;]*$/\2/p' | sort -u
+}
+
+# kselftest_under_kcsan NAME [GUEST-OPTION...]: it passes on a kernel that
+# watches for data races, and none of them is in a function of the series.  The
+# base has some of its own; they are counted.
+kselftest_under_kcsan() {
+	local name=$1 races ours
+	shift
+	kselftest_passes "$name" "$KSELFTEST, KCSAN" --config kcsan --allow-splat "$@"
+	[[ -s $RESULTS/$name.console ]] || return 0
+	races=$(grep -aoE 'BUG: KCSAN: .*' "$RESULTS/$name.console" | sort | uniq -c | sort -rn)
+	ours=$(grep -wFf <(functions_of_series) <<<"$races" || true)
+	if [[ $ours ]]; then
+		printf '%s\n' "$ours" >"$SCRATCH/races"
+		not_ok "KCSAN: no data race in a function of the series" "$SCRATCH/races"
+	else
+		ok "KCSAN: no data race in a function of the series ($(grep -c . <<<"$races") reports of others)"
+	fi
+	splats "$RESULTS/$name.console" | grep -v KCSAN >"$SCRATCH/splats" || true
+	[[ ! -s $SCRATCH/splats ]] || not_ok "KCSAN: nothing else on the console" "$SCRATCH/splats"
+}
+
+# ---- small trees, for tests of the scripts themselves
+
+makefile() { printf 'VERSION = %s\nPATCHLEVEL = %s\nSUBLEVEL = %s\nEXTRAVERSION = %s\n' "$@"; }
+
+# own_git: from now on git has an identity, and no other settings but those that
+# are added to $GIT_CONFIG_GLOBAL
+own_git() {
+	unset LINUX_SPF_CLONE
+	me='A Tester <tester@example.org>'
+	export GIT_CONFIG_GLOBAL=$SCRATCH/gitconfig GIT_CONFIG_SYSTEM=/dev/null
+	export GIT_CONFIG_NOSYSTEM=1
+	git config --global user.name "${me% <*}"
+	git config --global user.email tester@example.org
+	git config --global init.defaultBranch main
+}
+
+# new_kernel DIR: of four files
+new_kernel() {
+	git init -q "$1"
+	mkdir -p "$1/mm" "$1/Documentation/mm" "$1/tools/mm"
+	makefile 6 12 8 '' >"$1/Makefile"
+	seq -f 'line %g' 60 >"$1/mm/a.c"
+	seq -f 'text %g' 60 >"$1/mm/b.c"
+	echo old >"$1/tools/mm/old.c"
+	git -C "$1" add .
+	git -C "$1" commit -qm base
+	git -C "$1" tag base
+}
+
+# on_other_kernels [GUEST-OPTION...]: with --full, run it on kernels of other kinds
+on_other_kernels() {
+	if [[ -z ${FULL:-} ]]; then
+		skip "$KSELFTEST with no PARAVIRT and NR_CPUS=2, KCSAN, PREEMPT_RT" \
+			"three more kernels to build: scripts/test --full ${0##*/}"
+		return
+	fi
+	kselftest_passes "$KSELFTEST-small" "$KSELFTEST, no PARAVIRT, NR_CPUS=2" --config small "$@"
+	kselftest_passes "$KSELFTEST-rt" "$KSELFTEST, PREEMPT_RT" --config rt --cpus 4 --delays 100 "$@"
+	kselftest_under_kcsan "$KSELFTEST-kcsan" --cpus 3 --delays 100 "$@"
 }

@@ -29,92 +29,12 @@
 #include <unistd.h>
 
 #include "../kselftest_harness.h"
+#include "anon_util.h"
 #include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/pt_reclaim"
-#define PAGE		4096UL
-#define TABLE		(2UL << 20)
-#define NR_PAGES	512
 #define GIB		(1UL << 30)
 #define RACE_SECONDS	3
-
-#ifndef MADV_DONTNEED_LOCKED
-#define MADV_DONTNEED_LOCKED 24
-#endif
-#ifndef MADV_PAGEOUT
-#define MADV_PAGEOUT 21
-#endif
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
-
-static void poke(char *p, char what)
-{
-	__atomic_store_n(p, what, __ATOMIC_RELAXED);
-}
-
-static char peek(const char *p)
-{
-	return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-
-/* Page tables of this process in kB. */
-static long vm_pte(void)
-{
-	FILE *f = fopen("/proc/self/status", "r");
-	char line[128];
-	long val = -1;
-
-	if (!f)
-		return -1;
-	while (fgets(line, sizeof(line), f))
-		if (sscanf(line, "VmPTE: %ld", &val) == 1)
-			break;
-	fclose(f);
-	return val;
-}
-
-static bool write_str(const char *path, const char *what)
-{
-	int fd = open(path, O_WRONLY);
-	bool ok;
-
-	if (fd < 0)
-		return false;
-	ok = write(fd, what, strlen(what)) == (ssize_t)strlen(what);
-	close(fd);
-	return ok;
-}
-
-/* Address space for some page tables, with nothing mapped around it. */
-static char *reserve(unsigned long size)
-{
-	char *p = mmap(NULL, size + 2 * TABLE, PROT_NONE,
-		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-
-	if (p == MAP_FAILED)
-		return NULL;
-	return (char *)(((uintptr_t)p + TABLE) & ~(TABLE - 1));
-}
-
-static char *map_at(char *at, unsigned long size, int flags, int fd)
-{
-	char *p = mmap(at, size, PROT_READ | PROT_WRITE,
-		       flags | MAP_FIXED | MAP_NORESERVE, fd, 0);
-
-	if (p == MAP_FAILED)
-		return NULL;
-	if (madvise(p, size, MADV_NOHUGEPAGE) && errno != EINVAL)
-		return NULL;
-	return p;
-}
-
-static char *map_anon(unsigned long size)
-{
-	char *p = reserve(size);
-
-	return p ? map_at(p, size, MAP_PRIVATE | MAP_ANONYMOUS, -1) : NULL;
-}
 
 static void write_pages(char *p, int nr, char what)
 {
@@ -134,22 +54,28 @@ static int count_pages(const char *p, int nr, char what)
 }
 
 /* A file with this in its first byte of each page. */
-static int make_file(unsigned long size, char what)
+static bool fill_file(int fd, unsigned long size, char what)
 {
-	int fd = memfd_create("pt_reclaim", 0);
 	unsigned long off;
 
 	if (fd < 0 || ftruncate(fd, size))
-		return -1;
+		return false;
 	for (off = 0; off < size; off += PAGE)
 		if (pwrite(fd, &what, 1, off) != 1)
-			return -1;
-	return fd;
+			return false;
+	return true;
+}
+
+static int make_file(unsigned long size, char what)
+{
+	int fd = memfd_create("pt_reclaim", 0);
+
+	return fill_file(fd, size, what) ? fd : -1;
 }
 
 FIXTURE(reclaim)
 {
-	int was_on;
+	struct settings settings;
 	long scanned;
 	long freed;
 	long busy;
@@ -158,10 +84,9 @@ FIXTURE(reclaim)
 
 FIXTURE_SETUP(reclaim)
 {
-	self->was_on = switch_get(SYSCTL);
-	if (self->was_on < 0)
+	if (switch_get(SYSCTL) < 0)
 		SKIP(return, "no " SYSCTL);
-	if (!switch_set(SYSCTL, 1))
+	if (!setting_change(&self->settings, SYSCTL, "1"))
 		SKIP(return, "cannot write " SYSCTL);
 	self->scanned = vmstat_read("pt_reclaim_scanned");
 	self->freed = vmstat_read("pt_reclaim_freed");
@@ -169,9 +94,10 @@ FIXTURE_SETUP(reclaim)
 	self->flush = vmstat_read("pt_reclaim_flush");
 }
 
-FIXTURE_TEARDOWN(reclaim)
+/* By the parent, so that it happens whatever becomes of the test. */
+FIXTURE_TEARDOWN_PARENT(reclaim)
 {
-	switch_set(SYSCTL, self->was_on);
+	settings_restore(&self->settings);
 }
 
 #define freed_by_now()	(vmstat_read("pt_reclaim_freed") - self->freed)
@@ -293,14 +219,11 @@ TEST_F(reclaim, shared_with_neighbour_stays)
 }
 
 /* Copies go, as they do without reclaim, and the file shows again. */
-TEST_F(reclaim, private_file)
+static void check_private_file(struct __test_metadata *_metadata, int fd)
 {
 	long before;
 	char *p;
-	int fd;
 
-	fd = make_file(TABLE, 'f');
-	ASSERT_GE(fd, 0);
 	p = reserve(TABLE);
 	ASSERT_NE(p, NULL);
 	ASSERT_NE(map_at(p, TABLE, MAP_PRIVATE, fd), NULL);
@@ -310,9 +233,49 @@ TEST_F(reclaim, private_file)
 	EXPECT_GE(vm_pte() - before, 4);
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
 	EXPECT_LE(vm_pte() - before, 0);
-	EXPECT_GE(freed_by_now(), 1);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
 	munmap(p, TABLE);
+}
+
+TEST_F(reclaim, private_file)
+{
+	int fd = make_file(TABLE, 'f');
+
+	ASSERT_GE(fd, 0);
+	check_private_file(_metadata, fd);
+	EXPECT_GE(freed_by_now(), 1);
+	close(fd);
+}
+
+/* A directory on a file system that maps its storage directly, or NULL */
+static const char *dax_dir(void)
+{
+	static char line[512], dir[256];
+	FILE *f = fopen("/proc/mounts", "r");
+	bool found = false;
+
+	while (f && !found && fgets(line, sizeof(line), f))
+		found = sscanf(line, "%*s %255s", dir) == 1 &&
+			(strstr(line, ",dax=always") || strstr(line, ",dax "));
+	if (f)
+		fclose(f);
+	return found ? dir : NULL;
+}
+
+TEST_F(reclaim, private_file_on_dax)
+{
+	const char *dir = dax_dir();
+	char path[300];
+	int fd;
+
+	if (!dir)
+		SKIP(return, "no file system is mounted with dax");
+	snprintf(path, sizeof(path), "%s/pt_reclaim.XXXXXX", dir);
+	fd = mkstemp(path);
+	ASSERT_GE(fd, 0);
+	unlink(path);
+	ASSERT_TRUE(fill_file(fd, TABLE, 'f'));
+	check_private_file(_metadata, fd);
 	close(fd);
 }
 
@@ -339,18 +302,10 @@ TEST_F(reclaim, shared_file)
 
 TEST_F(reclaim, swapped_out)
 {
-	char line[256] = "";
 	long before;
-	FILE *f;
 	char *p;
 
-	f = fopen("/proc/swaps", "r");
-	if (f) {
-		while (fgets(line, sizeof(line), f))
-			;
-		fclose(f);
-	}
-	if (!f || !strncmp(line, "Filename", 8))
+	if (!swap_is_on())
 		SKIP(return, "no swap");
 
 	p = map_anon(TABLE);
@@ -551,6 +506,9 @@ struct race {
 	atomic_long wrong;
 	atomic_long checks;
 	bool huge;
+	bool same;	/* pages with the same contents */
+	bool (*ready)(struct race *race);	/* for the next zap */
+	atomic_long times_ready;	/* because of that */
 };
 
 struct owner {
@@ -603,7 +561,8 @@ static void *own(void *arg)
 			addr = race->p + i * PAGE;
 			if (rand_r(&seed) & 1) {
 				state->begin = atomic_load(&race->gen);
-				state->value = ++value * NR_OWNERS + owner->nr;
+				state->value = race->same ? state->begin + 1 :
+					++value * NR_OWNERS + owner->nr;
 				__atomic_store_n((unsigned long *)addr,
 						 state->value,
 						 __ATOMIC_SEQ_CST);
@@ -613,6 +572,20 @@ static void *own(void *arg)
 		}
 	}
 	return NULL;
+}
+
+/* Let the others do what the race is with, if they get round to it. */
+static void wait_until_ready(struct race *race)
+{
+	int i;
+
+	for (i = 0; i < 20 && !atomic_load(&race->stop); i++) {
+		if (race->ready(race)) {
+			atomic_fetch_add(&race->times_ready, 1);
+			break;
+		}
+		usleep(10000);
+	}
 }
 
 static void *zap(void *arg)
@@ -633,6 +606,8 @@ static void *zap(void *arg)
 		atomic_fetch_add(&race->zaps, 1);
 		/* Let the others fill some of it. */
 		usleep(rand() % 2000);
+		if (race->ready)
+			wait_until_ready(race);
 	}
 	return NULL;
 }
@@ -641,7 +616,7 @@ static bool run_race(struct race *race, void *(*disrupt)(void *))
 {
 	pthread_t thread[NR_OWNERS], zapper, disruptor;
 	struct owner owner[NR_OWNERS];
-	int i;
+	int i, seconds;
 
 	if (pthread_create(&zapper, NULL, zap, race))
 		return false;
@@ -652,7 +627,13 @@ static bool run_race(struct race *race, void *(*disrupt)(void *))
 	}
 	if (disrupt && pthread_create(&disruptor, NULL, disrupt, race))
 		return false;
-	sleep(RACE_SECONDS);
+	/* Longer on slow machines, until there has been a race */
+	for (seconds = 0; seconds < (race->ready ? 50 : 20); seconds++) {
+		sleep(1);
+		if (seconds >= RACE_SECONDS && atomic_load(&race->zaps) >= 20 &&
+		    (!race->ready || atomic_load(&race->times_ready)))
+			break;
+	}
 	atomic_store(&race->stop, true);
 	for (i = 0; i < NR_OWNERS; i++)
 		pthread_join(thread[i], NULL);
@@ -743,6 +724,8 @@ static void *disrupt_walks(void *arg)
 
 	while (!atomic_load(&race->stop)) {
 		read_all("/proc/self/smaps_rollup");
+		read_all("/proc/self/smaps");
+		read_all("/proc/self/numa_maps");
 		pread(pm, buf, sizeof(buf), (uintptr_t)race->p / PAGE * 8);
 		mincore(race->p, race->pages * PAGE, vec);
 		madvise(race->p, race->pages * PAGE, MADV_PAGEOUT);
@@ -763,14 +746,13 @@ TEST_F(reclaim, page_table_walks)
 	munmap(race.p, race.pages * PAGE);
 }
 
-/* Those who copy, collapse and merge. */
+/* Those who copy and collapse. */
 static void *disrupt_changes(void *arg)
 {
 	struct race *race = arg;
 	int status, n = 0;
 	pid_t pid;
 
-	madvise(race->p, race->pages * PAGE, MADV_MERGEABLE);
 	while (!atomic_load(&race->stop)) {
 		madvise(race->p, race->pages * PAGE, MADV_COLLAPSE);
 		if (n++ % 8)
@@ -784,17 +766,95 @@ static void *disrupt_changes(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, fork_collapse_merge)
+TEST_F(reclaim, fork_and_collapse)
 {
 	struct race race = { .pages = 4 * NR_PAGES };
-	int ksm = switch_get("/sys/kernel/mm/ksm/run");
 
 	race.p = map_anon(race.pages * PAGE);
 	ASSERT_NE(race.p, NULL);
-	write_str("/sys/kernel/mm/ksm/run", "1");
 	ASSERT_TRUE(run_race(&race, disrupt_changes));
-	write_str("/sys/kernel/mm/ksm/run", ksm == 1 ? "1" : "0");
 	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/* ksmd, which replaces pages by one that all of them share */
+static bool ksm_has_merged(struct race *race)
+{
+	return file_number(KSM "pages_sharing") >= 16;
+}
+
+TEST_F_TIMEOUT(reclaim, ksm, 120)
+{
+	struct race race = {
+		.pages = NR_PAGES, .same = true, .ready = ksm_has_merged
+	};
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	if (madvise(race.p, race.pages * PAGE, MADV_MERGEABLE) ||
+	    !ksm_hurries(&self->settings))
+		SKIP(return, "no KSM");
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	EXPECT_GT(race.times_ready, 0);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/*
+ * khugepaged, which replaces the page table by a huge page.  It is let in when
+ * there are small pages, or else it has nothing to do.
+ */
+static bool khugepaged_has_collapsed(struct race *race)
+{
+	madvise(race->p, race->pages * PAGE, MADV_HUGEPAGE);
+	if (smaps_read(race->p, "AnonHugePages:") <= 0)
+		return false;
+	madvise(race->p, race->pages * PAGE, MADV_NOHUGEPAGE);
+	return true;
+}
+
+TEST_F_TIMEOUT(reclaim, khugepaged, 120)
+{
+	struct race race = {
+		.pages = 2 * NR_PAGES, .ready = khugepaged_has_collapsed
+	};
+	long collapsed = vmstat_read("thp_collapse_alloc");
+
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	if (!khugepaged_hurries(&self->settings))
+		SKIP(return, "no transparent huge pages");
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	EXPECT_GT(vmstat_read("thp_collapse_alloc"), collapsed);
+	munmap(race.p, race.pages * PAGE);
+}
+
+/* Migration, which goes to page tables by way of the pages */
+static void *disrupt_migration(void *arg)
+{
+	struct race *race = arg;
+	int i, n, last = last_node();
+
+	for (n = 0; !atomic_load(&race->stop); n++)
+		for (i = 0; i < race->pages; i += NR_PAGES)
+			move_to_node(race->p + i * PAGE, NR_PAGES,
+				     n % 2 ? 0 : last);
+	return NULL;
+}
+
+TEST_F(reclaim, migration)
+{
+	long migrated = vmstat_read("pgmigrate_success");
+	struct race race = { .pages = 2 * NR_PAGES };
+
+	if (!last_node())
+		SKIP(return, "needs two NUMA nodes");
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_TRUE(run_race(&race, disrupt_migration));
+	race_went_well(&race);
+	EXPECT_GT(vmstat_read("pgmigrate_success"), migrated);
 	munmap(race.p, race.pages * PAGE);
 }
 
@@ -1010,10 +1070,10 @@ TEST_F(reclaim, small_cgroup_does_not_run_out)
 	int status, i;
 	pid_t pid;
 
-	write_str("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	file_write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
 	if (mkdir(CGROUP, 0755) && errno != EEXIST)
 		SKIP(return, "cannot make " CGROUP ": %s", strerror(errno));
-	if (!write_str(CGROUP "/memory.max", "33554432")) {
+	if (!file_write(CGROUP "/memory.max", "33554432")) {
 		rmdir(CGROUP);
 		SKIP(return, "cannot set memory.max of a cgroup");
 	}
@@ -1023,7 +1083,7 @@ TEST_F(reclaim, small_cgroup_does_not_run_out)
 		char *p;
 
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		if (!write_str(CGROUP "/cgroup.procs", "0"))
+		if (!file_write(CGROUP "/cgroup.procs", "0"))
 			_exit(2);
 		p = map_anon(GIB);
 		if (!p)

@@ -14,7 +14,6 @@
 #include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
-#include <stdatomic.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -30,69 +29,10 @@
 #include <unistd.h>
 
 #include "../kselftest_harness.h"
+#include "anon_util.h"
 #include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/speculative_page_fault"
-#define PAGE		4096UL
-#define TABLE		(2UL << 20)
-#define NR_PAGES	512
-#define RACE_SECONDS	3
-#define NR_TOUCHERS	3
-
-#ifndef MAP_FIXED_NOREPLACE
-#define MAP_FIXED_NOREPLACE 0x100000
-#endif
-
-/* Accesses that the compiler leaves alone. */
-static void poke(char *p, char what)
-{
-	__atomic_store_n(p, what, __ATOMIC_RELAXED);
-}
-
-static char peek(const char *p)
-{
-	return __atomic_load_n(p, __ATOMIC_RELAXED);
-}
-
-/* One page table's worth, aligned, for small pages. */
-static char *map_table(void)
-{
-	char *p = mmap(NULL, 3 * TABLE, PROT_NONE,
-		       MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-	char *q;
-
-	if (p == MAP_FAILED)
-		return NULL;
-	q = (char *)(((uintptr_t)p + TABLE - 1) & ~(TABLE - 1));
-	if (mmap(q, TABLE, PROT_READ | PROT_WRITE,
-		 MAP_PRIVATE | MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE,
-		 -1, 0) != q)
-		return NULL;
-	if (madvise(q, TABLE, MADV_NOHUGEPAGE) && errno != EINVAL)
-		return NULL;
-	return q;
-}
-
-/*
- * Give the pages back and keep the page table, which is not reclaimed if it is
- * covered in part only.
- */
-static int drop_pages(char *p)
-{
-	return madvise(p, TABLE / 2, MADV_DONTNEED) ||
-	       madvise(p + TABLE / 2, TABLE / 2, MADV_DONTNEED);
-}
-
-/* The same with a page table and an anon_vma, but no pages. */
-static char *map_ready(void)
-{
-	char *p = map_table();
-
-	if (!p)
-		return NULL;
-	poke(p, 1);
-	return drop_pages(p) ? NULL : p;
-}
 
 static void write_pages(char *p, char what)
 {
@@ -340,7 +280,7 @@ static void keep(char *p)
 	poke(p, 1);
 }
 
-static char *map_at(char *p, size_t len, int prot)
+static char *map_there(char *p, size_t len, int prot)
 {
 	return mmap(p, len, prot, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |
 		    MAP_FIXED_NOREPLACE, -1, 0);
@@ -373,7 +313,7 @@ static void __attribute__((constructor)) kept_check(void)
 
 	if (!getenv(KEPT_CHECK))
 		return;
-	p = map_at(KEPT_ADDR, TABLE, PROT_READ);
+	p = map_there(KEPT_ADDR, TABLE, PROT_READ);
 	if (p != KEPT_ADDR || peek(p))
 		_exit(2);
 	_exit(writes_that_got_through(p) ? 1 : 0);
@@ -410,7 +350,7 @@ TEST_F(spf, kept_not_over_exec)
 	if (!pid) {
 		char *argv[] = { "spf", NULL }, *env[] = { KEPT_CHECK "=1", NULL };
 
-		if (map_at(KEPT_ADDR, TABLE, PROT_READ | PROT_WRITE) != KEPT_ADDR)
+		if (map_there(KEPT_ADDR, TABLE, PROT_READ | PROT_WRITE) != KEPT_ADDR)
 			_exit(3);
 		madvise(KEPT_ADDR, TABLE, MADV_NOHUGEPAGE);
 		for (i = 0; i < 32; i++)
@@ -711,196 +651,6 @@ TEST_F(spf, kept_not_after_other_thread)
 	}
 	pthread_join(thread, NULL);
 	EXPECT_EQ(wrong, 0);
-}
-
-/* Races.  Touchers write their page with a number that only grows, and check
- * that it is the one they have written, or 0 where the disruptor drops pages.
- */
-
-FIXTURE(spf_race)
-{
-	int was;
-	char *p, *q;
-	void (*disrupt)(struct _test_data_spf_race *self);
-	bool may_drop, may_return;
-	atomic_bool stop;
-	atomic_ulong rounds, faults, wrong;
-};
-
-FIXTURE_VARIANT(spf_race)
-{
-	void (*disrupt)(struct _test_data_spf_race *self);
-	bool may_drop;		/* pages may read as zero */
-	bool may_return;	/* pages may read as what they were before */
-	bool no_writer;		/* of mmap_lock: nothing has to abort */
-};
-
-#define DISRUPTOR(name) static void name(struct _test_data_spf_race *self)
-
-DISRUPTOR(other_vmas)
-{
-	char *p = mmap(NULL, PAGE, PROT_READ, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
-
-	munmap(p, PAGE);
-}
-
-DISRUPTOR(dontneed)
-{
-	madvise(self->p, TABLE, MADV_DONTNEED);
-}
-
-DISRUPTOR(map_fixed)
-{
-	if (mmap(self->p, TABLE, PROT_READ | PROT_WRITE, MAP_PRIVATE |
-		 MAP_ANONYMOUS | MAP_FIXED | MAP_NORESERVE, -1, 0) != self->p)
-		self->wrong++;
-	madvise(self->p, TABLE, MADV_NOHUGEPAGE);
-}
-
-DISRUPTOR(protect_and_allow)
-{
-	/* Splits the VMA and merges it; the access is never forbidden. */
-	mprotect(self->p + TABLE / 2, PAGE, PROT_READ | PROT_WRITE | PROT_EXEC);
-	mprotect(self->p + TABLE / 2, PAGE, PROT_READ | PROT_WRITE);
-}
-
-DISRUPTOR(fork_and_exit)
-{
-	pid_t pid = fork();
-
-	if (!pid)
-		_exit(0);
-	waitpid(pid, NULL, 0);
-}
-
-DISRUPTOR(move_table)
-{
-	/*
-	 * Away and back.  Touchers that come meanwhile find the mapping that
-	 * MREMAP_DONTUNMAP leaves behind, empty.
-	 */
-	if (mremap(self->p, TABLE, TABLE, MREMAP_MAYMOVE | MREMAP_FIXED |
-		   MREMAP_DONTUNMAP, self->q) != self->q)
-		self->wrong++;
-	if (mremap(self->q, TABLE, TABLE, MREMAP_MAYMOVE | MREMAP_FIXED,
-		   self->p) != self->p)
-		self->wrong++;
-}
-
-DISRUPTOR(collapse)
-{
-	madvise(self->p, TABLE, MADV_HUGEPAGE);
-	madvise(self->p, TABLE, 25 /* MADV_COLLAPSE */);
-	madvise(self->p, TABLE, MADV_NOHUGEPAGE);
-	madvise(self->p, PAGE, MADV_DONTNEED);
-}
-
-FIXTURE_VARIANT_ADD(spf_race, other_vmas) { .disrupt = other_vmas };
-FIXTURE_VARIANT_ADD(spf_race, dontneed) {
-	.disrupt = dontneed, .may_drop = true, .no_writer = true
-};
-
-FIXTURE_VARIANT_ADD(spf_race, map_fixed) { .disrupt = map_fixed, .may_drop = true };
-FIXTURE_VARIANT_ADD(spf_race, mprotect) { .disrupt = protect_and_allow };
-FIXTURE_VARIANT_ADD(spf_race, fork) { .disrupt = fork_and_exit };
-FIXTURE_VARIANT_ADD(spf_race, mremap) {
-	.disrupt = move_table, .may_drop = true, .may_return = true
-};
-
-FIXTURE_VARIANT_ADD(spf_race, collapse) { .disrupt = collapse, .may_drop = true };
-
-FIXTURE_SETUP(spf_race)
-{
-	self->was = switch_get(SYSCTL);
-	if (self->was < 0)
-		SKIP(return, "needs CONFIG_SPECULATIVE_PAGE_FAULT");
-	if (!switch_set(SYSCTL, 1))
-		SKIP(return, "needs root");
-	self->p = map_ready();
-	self->q = map_ready();
-	ASSERT_NE(self->p, NULL);
-	ASSERT_NE(self->q, NULL);
-	self->disrupt = variant->disrupt;
-	self->may_drop = variant->may_drop;
-	self->may_return = variant->may_return;
-}
-
-FIXTURE_TEARDOWN(spf_race)
-{
-	if (self->was >= 0)
-		switch_set(SYSCTL, self->was);
-}
-
-struct toucher {
-	struct _test_data_spf_race *self;
-	pthread_t thread;
-	int first;
-};
-
-static bool expected(struct _test_data_spf_race *self, uint64_t is, uint64_t last)
-{
-	return is == last || (self->may_drop && !is) ||
-	       (self->may_return && is < last);
-}
-
-static void *toucher_fn(void *data)
-{
-	struct toucher *t = data;
-	struct _test_data_spf_race *self = t->self;
-	static __thread uint64_t last[NR_PAGES];
-	uint64_t n = 0;
-	int i;
-
-	while (!self->stop) {
-		n++;
-		for (i = t->first; i < NR_PAGES; i += NR_TOUCHERS) {
-			uint64_t *word = (uint64_t *)(self->p + i * PAGE);
-			uint64_t is = __atomic_load_n(word, __ATOMIC_RELAXED);
-
-			self->wrong += !expected(self, is, last[i]);
-			__atomic_store_n(word, n, __ATOMIC_RELAXED);
-			last[i] = n;
-			is = __atomic_load_n(word, __ATOMIC_RELAXED);
-			self->wrong += !expected(self, is, n);
-			self->faults++;
-		}
-		/* Have something to fault on. */
-		if (self->may_drop && n % 4 == 0)
-			for (i = t->first; i < NR_PAGES; i += NR_TOUCHERS)
-				madvise(self->p + i * PAGE, PAGE, MADV_DONTNEED);
-	}
-	return NULL;
-}
-
-TEST_F_TIMEOUT(spf_race, contents_are_right, 120)
-{
-	struct toucher t[NR_TOUCHERS];
-	long success = vmstat_read("spf_success"), aborts = vmstat_sum("spf_abort_");
-	time_t end = time(NULL) + RACE_SECONDS;
-	int i;
-
-	for (i = 0; i < NR_TOUCHERS; i++) {
-		t[i].self = self;
-		t[i].first = i;
-		ASSERT_EQ(pthread_create(&t[i].thread, NULL, toucher_fn, &t[i]), 0);
-	}
-	while (time(NULL) < end) {
-		self->disrupt(self);
-		self->rounds++;
-	}
-	self->stop = true;
-	for (i = 0; i < NR_TOUCHERS; i++)
-		pthread_join(t[i].thread, NULL);
-
-	success = vmstat_read("spf_success") - success;
-	aborts = vmstat_sum("spf_abort_") - aborts;
-	TH_LOG("%lu rounds, %lu accesses: %ld speculative faults, %ld aborted, %lu words wrong",
-	       self->rounds, self->faults, success, aborts, self->wrong);
-	EXPECT_EQ(self->wrong, 0);
-	EXPECT_GT(self->rounds, 0);
-	EXPECT_GT(success, 0);
-	if (!variant->no_writer)
-		EXPECT_GT(aborts, 0);
 }
 
 TEST_HARNESS_MAIN
