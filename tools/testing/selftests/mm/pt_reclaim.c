@@ -104,7 +104,7 @@ FIXTURE_TEARDOWN_PARENT(reclaim)
 #define busy_by_now()	(vmstat_read("pt_reclaim_busy") - self->busy)
 
 /* What it is for: 50 GiB touched and returned, 2 MiB by 2 MiB. */
-TEST_F(reclaim, sweep)
+TEST_F_TIMEOUT(reclaim, sweep, 300)
 {
 	const unsigned long size = 50 * GIB;
 	unsigned long off;
@@ -126,7 +126,7 @@ TEST_F(reclaim, sweep)
 }
 
 /* All at once: the tables are in one batch and one flush. */
-TEST_F(reclaim, many_tables_at_once)
+TEST_F_TIMEOUT(reclaim, many_tables_at_once, 120)
 {
 	const unsigned long size = GIB;
 	unsigned long off;
@@ -150,7 +150,7 @@ TEST_F(reclaim, many_tables_at_once)
 	munmap(p, size);
 }
 
-TEST_F(reclaim, switched_off)
+TEST_F_TIMEOUT(reclaim, switched_off, 120)
 {
 	long before;
 	char *p;
@@ -173,7 +173,7 @@ TEST_F(reclaim, switched_off)
 	munmap(p, TABLE);
 }
 
-TEST_F(reclaim, partly_covered_stays)
+TEST_F_TIMEOUT(reclaim, partly_covered_stays, 120)
 {
 	long scanned, before;
 	char *p;
@@ -197,7 +197,7 @@ TEST_F(reclaim, partly_covered_stays)
 }
 
 /* Two VMAs in one page table: it belongs to neither. */
-TEST_F(reclaim, shared_with_neighbour_stays)
+TEST_F_TIMEOUT(reclaim, shared_with_neighbour_stays, 120)
 {
 	long before;
 	char *p;
@@ -237,7 +237,7 @@ static void check_private_file(struct __test_metadata *_metadata, int fd)
 	munmap(p, TABLE);
 }
 
-TEST_F(reclaim, private_file)
+TEST_F_TIMEOUT(reclaim, private_file, 120)
 {
 	int fd = make_file(TABLE, 'f');
 
@@ -262,7 +262,7 @@ static const char *dax_dir(void)
 	return found ? dir : NULL;
 }
 
-TEST_F(reclaim, private_file_on_dax)
+TEST_F_TIMEOUT(reclaim, private_file_on_dax, 120)
 {
 	const char *dir = dax_dir();
 	char path[300];
@@ -279,7 +279,7 @@ TEST_F(reclaim, private_file_on_dax)
 	close(fd);
 }
 
-TEST_F(reclaim, shared_file)
+TEST_F_TIMEOUT(reclaim, shared_file, 120)
 {
 	long before;
 	char *p;
@@ -300,7 +300,7 @@ TEST_F(reclaim, shared_file)
 	close(fd);
 }
 
-TEST_F(reclaim, swapped_out)
+TEST_F_TIMEOUT(reclaim, swapped_out, 120)
 {
 	long before;
 	char *p;
@@ -319,7 +319,7 @@ TEST_F(reclaim, swapped_out)
 	munmap(p, TABLE);
 }
 
-TEST_F(reclaim, mlocked)
+TEST_F_TIMEOUT(reclaim, mlocked, 120)
 {
 	long before;
 	char *p;
@@ -338,7 +338,7 @@ TEST_F(reclaim, mlocked)
 	munmap(p, TABLE);
 }
 
-TEST_F(reclaim, forked)
+TEST_F_TIMEOUT(reclaim, forked, 120)
 {
 	int status;
 	char *p;
@@ -372,7 +372,7 @@ TEST_F(reclaim, forked)
 }
 
 /* Write protection of userfaultfd leaves markers in mappings of files. */
-TEST_F(reclaim, uffd_wp_stays)
+TEST_F_TIMEOUT(reclaim, uffd_wp_stays, 120)
 {
 	struct uffdio_api api = {
 		.api = UFFD_API,
@@ -416,7 +416,7 @@ TEST_F(reclaim, uffd_wp_stays)
 }
 
 /* A huge page is not ours, and what is deposited for it is not counted here. */
-TEST_F(reclaim, huge_page)
+TEST_F_TIMEOUT(reclaim, huge_page, 120)
 {
 	char *p;
 	int i;
@@ -451,7 +451,7 @@ static void *hog(void *arg)
 }
 
 /* A zap that has to make way for others reclaims all the same. */
-TEST_F_TIMEOUT(reclaim, rescheduled, 120)
+TEST_F_TIMEOUT(reclaim, rescheduled, 180)
 {
 	const unsigned long size = 16 * TABLE;
 	pthread_t thread[2];
@@ -663,7 +663,7 @@ do {									\
  * Historical: a table that was refilled after its lock had been dropped was
  * freed.  A zap of several tables gives the others time to do so.
  */
-TEST_F(reclaim, refilled_table)
+TEST_F_TIMEOUT(reclaim, refilled_table, 120)
 {
 	struct race race = { .pages = 8 * NR_PAGES };
 
@@ -674,7 +674,7 @@ TEST_F(reclaim, refilled_table)
 	munmap(race.p, race.pages * PAGE);
 }
 
-TEST_F(reclaim, one_table_refilled)
+TEST_F_TIMEOUT(reclaim, one_table_refilled, 120)
 {
 	struct race race = { .pages = NR_PAGES };
 
@@ -689,7 +689,7 @@ TEST_F(reclaim, one_table_refilled)
  * A range that is mapped by small pages and by huge ones in turn: no one may
  * see the old pages through what is left in his TLB.
  */
-TEST_F(reclaim, small_and_huge_in_turn)
+TEST_F_TIMEOUT(reclaim, small_and_huge_in_turn, 120)
 {
 	struct race race = { .pages = 2 * NR_PAGES, .huge = true };
 
@@ -735,7 +735,7 @@ static void *disrupt_walks(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, page_table_walks)
+TEST_F_TIMEOUT(reclaim, page_table_walks, 120)
 {
 	struct race race = { .pages = 4 * NR_PAGES };
 
@@ -766,7 +766,7 @@ static void *disrupt_changes(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, fork_and_collapse)
+TEST_F_TIMEOUT(reclaim, fork_and_collapse, 120)
 {
 	struct race race = { .pages = 4 * NR_PAGES };
 
@@ -843,7 +843,7 @@ static void *disrupt_migration(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, migration)
+TEST_F_TIMEOUT(reclaim, migration, 120)
 {
 	long migrated = vmstat_read("pgmigrate_success");
 	struct race race = { .pages = 2 * NR_PAGES };
@@ -888,7 +888,7 @@ static void *collapse_file(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, collapse_of_file)
+TEST_F_TIMEOUT(reclaim, collapse_of_file, 120)
 {
 	struct race race = { .pages = 4 * NR_PAGES };
 	pthread_t thread[3];
@@ -934,7 +934,7 @@ static void *zap_around(void *arg)
 	return NULL;
 }
 
-TEST_F(reclaim, uffd_move_and_copy)
+TEST_F_TIMEOUT(reclaim, uffd_move_and_copy, 120)
 {
 	struct uffdio_api api = {
 		.api = UFFD_API,
@@ -1025,7 +1025,7 @@ TEST_F(reclaim, uffd_move_and_copy)
 }
 
 /* mremap() moves what is in page tables next to those that come and go. */
-TEST_F(reclaim, mremap_next_to_it)
+TEST_F_TIMEOUT(reclaim, mremap_next_to_it, 120)
 {
 	time_t end = time(NULL) + RACE_SECONDS;
 	struct race race = { .pages = NR_PAGES };
@@ -1064,7 +1064,7 @@ TEST_F(reclaim, mremap_next_to_it)
 /* What is freed waits for a grace period, and is charged for until then. */
 #define CGROUP		"/sys/fs/cgroup/pt_reclaim_test"
 
-TEST_F(reclaim, small_cgroup_does_not_run_out)
+TEST_F_TIMEOUT(reclaim, small_cgroup_does_not_run_out, 120)
 {
 	time_t end = time(NULL) + RACE_SECONDS;
 	int status, i;
@@ -1105,7 +1105,7 @@ TEST_F(reclaim, small_cgroup_does_not_run_out)
 }
 
 /* In a process of one thread nobody has to flush for anybody. */
-TEST_F(reclaim, no_flush_without_concurrency)
+TEST_F_TIMEOUT(reclaim, no_flush_without_concurrency, 120)
 {
 	char *p;
 	int i;
