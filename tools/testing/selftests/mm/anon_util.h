@@ -9,6 +9,8 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
@@ -54,6 +56,43 @@ static inline void poke(char *p, char what)
 static inline char peek(const char *p)
 {
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static __thread sigjmp_buf access_jmp;
+static __thread bool in_access;
+
+static inline void on_access_signal(int sig)
+{
+	if (__atomic_load_n(&in_access, __ATOMIC_SEQ_CST))
+		siglongjmp(access_jmp, sig);
+	signal(sig, SIG_DFL);
+}
+
+/* From now on try_access() returns the signals of bad accesses. */
+static inline void catch_access_signals(void)
+{
+	struct sigaction sa = {
+		.sa_handler = on_access_signal, .sa_flags = SA_NODEFER
+	};
+
+	sigaction(SIGSEGV, &sa, NULL);
+	sigaction(SIGBUS, &sa, NULL);
+}
+
+/* The signal that an access gets, or 0; in any number of threads at once */
+static inline int try_access(unsigned long *p, unsigned long *val, bool write)
+{
+	int sig = sigsetjmp(access_jmp, 0);
+
+	if (!sig) {
+		__atomic_store_n(&in_access, true, __ATOMIC_SEQ_CST);
+		if (write)
+			__atomic_store_n(p, *val, __ATOMIC_SEQ_CST);
+		else
+			*val = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+	}
+	__atomic_store_n(&in_access, false, __ATOMIC_SEQ_CST);
+	return sig;
 }
 
 /* Address space, aligned to align, with nothing mapped around it. */
@@ -321,6 +360,75 @@ static inline int move_to_node(char *p, int nr, int node)
 	for (i = 0; i < nr; i++)
 		nodes[i] = node;
 	return __move_pages(p, nr, nodes, node);
+}
+
+/* Where pages of this range are to be; -1: anywhere */
+static inline bool bind_range(char *p, unsigned long size, int node, int flags)
+{
+	unsigned long nodes = node < 0 ? 0 : 1UL << node;
+
+	return !syscall(__NR_mbind, p, size,
+			node < 0 ? MPOL_DEFAULT : MPOL_BIND,
+			node < 0 ? NULL : &nodes, node < 0 ? 0 : 64, flags);
+}
+
+/* Move all pages there; some may be in use, or on their way to the LRU. */
+static inline bool moves_all(char *p, unsigned long size, int node)
+{
+	bool ok = false;
+	int tries;
+
+	for (tries = 0; tries < 50 && !ok; tries++) {
+		if (tries)
+			usleep(20000);
+		ok = bind_range(p, size, node, MPOL_MF_MOVE | MPOL_MF_STRICT);
+	}
+	return ok && bind_range(p, size, -1, 0);
+}
+
+static inline bool swaps_all(char *p, unsigned long size)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY), tries, i, there = 1;
+	uint64_t entries[NR_PAGES];
+	unsigned long off;
+
+	for (tries = 0; tries < 50 && there; tries++) {
+		if (tries)
+			usleep(20000);
+		file_write("/proc/sys/vm/compact_memory", "1");
+		madvise(p, size, MADV_PAGEOUT);
+		there = 0;
+		for (off = 0; off < size; off += NR_PAGES * PAGE) {
+			memset(entries, -1, sizeof(entries));
+			pread(fd, entries, sizeof(entries),
+			      (uintptr_t)(p + off) / PAGE * 8);
+			for (i = 0; i < NR_PAGES; i++)
+				there += entries[i] >> 63;
+		}
+	}
+	close(fd);
+	return !there;
+}
+
+/*
+ * Write to a page every stride bytes.  Do those who look for them by rmap find
+ * all of them, and is what was written there afterwards?
+ */
+static inline bool rmap_finds_all(char *p, unsigned long size,
+				  unsigned long stride)
+{
+	unsigned long off;
+	bool ok = true;
+
+	for (off = 0; off < size; off += stride)
+		*(unsigned long *)(p + off) = off + 1;
+	if (last_node())
+		ok = moves_all(p, size, last_node()) && moves_all(p, size, 0);
+	if (swap_is_on())
+		ok &= swaps_all(p, size);
+	for (off = 0; off < size; off += stride)
+		ok &= *(unsigned long *)(p + off) == off + 1;
+	return ok;
 }
 
 #endif /* _SELFTESTS_MM_ANON_UTIL_H */

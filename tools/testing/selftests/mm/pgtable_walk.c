@@ -37,6 +37,7 @@
 #include "../kselftest_harness.h"
 
 #define DEBUGFS		"/sys/kernel/debug/"
+#define PT_RECLAIM	"/proc/sys/vm/pt_reclaim"
 #define FAIL_PAGE_ALLOC	DEBUGFS "fail_page_alloc/"
 #define NR_WALKERS	2
 #define WALKS_PER_CALL	20
@@ -119,6 +120,15 @@ static bool deposit_round(char *addr)
 	return !munmap(addr, PMD_SIZE) && ok;
 }
 
+/* Zapping all of a page table frees it, with the VMA still there. */
+static bool reclaim_round(char *addr)
+{
+	bool ok = map_and_touch(addr, PMD_SIZE) &&
+		  !madvise(addr, PMD_SIZE, MADV_DONTNEED);
+
+	return !munmap(addr, PMD_SIZE) && ok;
+}
+
 FIXTURE(pgtable_walk)
 {
 	int fd;
@@ -180,6 +190,13 @@ FIXTURE_VARIANT_ADD(pgtable_walk, zap_deposited)
 	.delay_us = 6000,
 };
 
+FIXTURE_VARIANT_ADD(pgtable_walk, reclaimed)
+{
+	.addr = ADDR_LOW,
+	.round = reclaim_round,
+	.delay_us = 300,
+};
+
 FIXTURE_SETUP(pgtable_walk)
 {
 	self->fd = open(DEBUGFS "pgtable_walk_test", O_RDWR);
@@ -200,6 +217,9 @@ FIXTURE_SETUP(pgtable_walk)
 
 	if (variant->round == deposit_round && !deposit_round(self->addr))
 		SKIP(return, "MADV_COLLAPSE does not work here");
+
+	if (variant->round == reclaim_round && access(PT_RECLAIM, R_OK))
+		SKIP(return, "page tables are not reclaimed here");
 
 	if (variant->fail_alloc) {
 		if (access(FAIL_PAGE_ALLOC "probability", W_OK))
