@@ -484,7 +484,7 @@ static bool round_fork(struct race *race)
 static bool prepare_pins(struct race *race)
 {
 	unsigned long *block = aligned_alloc(SLOT, SLOT);
-	char path[] = "/var/tmp/spf_races.XXXXXX";
+	char path[] = "spf_races.XXXXXX";
 	struct statfs fs;
 	int i;
 
