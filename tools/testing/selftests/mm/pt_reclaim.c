@@ -1093,8 +1093,9 @@ TEST_F_TIMEOUT(reclaim, mremap_next_to_it, 120)
 	ASSERT_NE(home, NULL);
 	write_pages(home, NR_PAGES / 2, 'm');
 	ASSERT_EQ(pthread_create(&zapper, NULL, zap, &race), 0);
-	while (time(NULL) < end) {
-		write_pages(race.p, NR_PAGES, 1);
+	/* Where faults are slow, until it has happened often enough */
+	while (time(NULL) < end || (moves < 10 && time(NULL) < end + 60)) {
+		write_pages(race.p, NR_PAGES / 16, 1);
 		ASSERT_EQ(mremap(home, TABLE / 2, TABLE / 2,
 				 MREMAP_MAYMOVE | MREMAP_FIXED, away), away);
 		ASSERT_EQ(count_pages(away, NR_PAGES / 2, 'm'), NR_PAGES / 2);
@@ -1157,12 +1158,13 @@ TEST_F_TIMEOUT(reclaim, small_cgroup_does_not_run_out, 120)
 /* In a process of one thread nobody has to flush for anybody. */
 TEST_F_TIMEOUT(reclaim, no_flush_without_concurrency, 120)
 {
+	time_t end = time(NULL) + 30;
 	char *p;
 	int i;
 
 	p = map_anon(4 * TABLE);
 	ASSERT_NE(p, NULL);
-	for (i = 0; i < 100; i++) {
+	for (i = 0; i < 100 && (i < 4 || time(NULL) < end); i++) {
 		write_pages(p, 4 * NR_PAGES, 1);
 		ASSERT_EQ(madvise(p, 4 * TABLE, MADV_DONTNEED), 0);
 		madvise(p, 4 * TABLE, i & 1 ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
