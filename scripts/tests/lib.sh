@@ -97,7 +97,7 @@ figure() {
 
 # use_ccache: the same cache and paths as scripts/build
 use_ccache() {
-	export CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=5G CCACHE_BASEDIR=$CACHE CCACHE_NOHASHDIR=1 CCACHE_DEPEND=1
+	export CCACHE_DIR=$CACHE/ccache CCACHE_MAXSIZE=5G CCACHE_BASEDIR=$CACHE CCACHE_NOHASHDIR=1
 	export KBUILD_BUILD_TIMESTAMP='Thu Jan  2 09:32:00 UTC 2025'
 	export KBUILD_BUILD_USER=build KBUILD_BUILD_HOST=localhost
 }
