@@ -9,6 +9,7 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
+#include <linux/userfaultfd.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -16,6 +17,7 @@
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -56,6 +58,24 @@ static inline void poke(char *p, char what)
 static inline char peek(const char *p)
 {
 	return __atomic_load_n(p, __ATOMIC_RELAXED);
+}
+
+static inline void write_pages(char *p, int nr, char what)
+{
+	int i;
+
+	for (i = 0; i < nr; i++)
+		poke(p + i * PAGE, what);
+}
+
+/* Those of them that have it */
+static inline int count_pages(const char *p, int nr, char what)
+{
+	int i, found = 0;
+
+	for (i = 0; i < nr; i++)
+		found += peek(p + i * PAGE) == what;
+	return found;
 }
 
 static __thread sigjmp_buf access_jmp;
@@ -315,6 +335,19 @@ static inline bool khugepaged_hurries(struct settings *settings)
 	setting_change(settings, THP "khugepaged/pages_to_scan", "4096");
 	setting_change(settings, THP "khugepaged/max_ptes_none", "511");
 	return setting_change(settings, THP "enabled", "madvise");
+}
+
+/* With UFFD_FEATURE_SIGBUS there is a signal where there would be an event. */
+static inline int uffd_open(unsigned long features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
 }
 
 /* The last of the nodes that have memory: 0 if there is one only. */

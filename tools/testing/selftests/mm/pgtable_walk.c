@@ -35,6 +35,8 @@
 #include <mm/pgtable_walk_test.h>
 
 #include "../kselftest_harness.h"
+#include "anon_util.h"
+#include "vmstat_sysctl.h"
 
 #define DEBUGFS		"/sys/kernel/debug/"
 #define PT_RECLAIM	"/proc/sys/vm/pt_reclaim"
@@ -44,44 +46,12 @@
 #define RUN_SECONDS	3
 #define PMD_SIZE	(2UL << 20)
 
-#ifndef MAP_FIXED_NOREPLACE
-#define MAP_FIXED_NOREPLACE 0x100000
-#endif
-#ifndef MADV_COLLAPSE
-#define MADV_COLLAPSE 25
-#endif
-
 /*
  * Nothing else is near, so that unmapping it frees tables of all levels up to
  * PUD, and of p4d as well if there are five and the address is high enough.
  */
 #define ADDR_LOW	0x200000000000UL
 #define ADDR_HIGH	0x40000000000000UL
-
-static bool write_str(const char *path, const char *val)
-{
-	int fd = open(path, O_WRONLY);
-	bool ok;
-
-	if (fd < 0)
-		return false;
-	ok = write(fd, val, strlen(val)) == (ssize_t)strlen(val);
-	close(fd);
-	return ok;
-}
-
-static long read_long(const char *path)
-{
-	FILE *f = fopen(path, "r");
-	long val = -1;
-
-	if (!f)
-		return -1;
-	if (fscanf(f, "%ld", &val) != 1)
-		val = -1;
-	fclose(f);
-	return val;
-}
 
 /* Map len bytes at addr for small pages, and touch one per page table. */
 static bool map_and_touch(char *addr, size_t len)
@@ -225,20 +195,20 @@ FIXTURE_SETUP(pgtable_walk)
 		if (access(FAIL_PAGE_ALLOC "probability", W_OK))
 			SKIP(return, "needs CONFIG_FAIL_PAGE_ALLOC and its debugfs");
 		/* Fail whatever may not wait for memory, in one thread. */
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "task-filter", "Y"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "ignore-gfp-wait", "Y"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "min-order", "0"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "verbose", "0"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "interval", "1"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "times", "1000000000"));
-		ASSERT_TRUE(write_str(FAIL_PAGE_ALLOC "probability", "100"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "task-filter", "Y"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "ignore-gfp-wait", "Y"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "min-order", "0"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "verbose", "0"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "interval", "1"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "times", "1000000000"));
+		ASSERT_TRUE(file_write(FAIL_PAGE_ALLOC "probability", "100"));
 	}
 }
 
 FIXTURE_TEARDOWN(pgtable_walk)
 {
 	if (self->fail_alloc)
-		write_str(FAIL_PAGE_ALLOC "probability", "0");
+		file_write(FAIL_PAGE_ALLOC "probability", "0");
 	if (self->fd >= 0)
 		close(self->fd);
 }
@@ -274,7 +244,7 @@ static void *mutator_fn(void *data)
 {
 	FIXTURE_DATA(pgtable_walk) *self = data;
 
-	if (self->fail_alloc && !write_str("/proc/thread-self/make-it-fail", "1"))
+	if (self->fail_alloc && !file_write("/proc/thread-self/make-it-fail", "1"))
 		self->broken = errno;
 
 	while (!self->stop) {
@@ -289,7 +259,7 @@ static void *mutator_fn(void *data)
 
 TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 {
-	long failures = read_long(FAIL_PAGE_ALLOC "times");
+	long failures = file_number(FAIL_PAGE_ALLOC "times");
 	pthread_t walker[NR_WALKERS], mutator;
 	int i;
 
@@ -303,7 +273,7 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 		pthread_join(walker[i], NULL);
 	pthread_join(mutator, NULL);
 
-	failures -= read_long(FAIL_PAGE_ALLOC "times");
+	failures -= file_number(FAIL_PAGE_ALLOC "times");
 
 	TH_LOG("%u rounds; %u tables locked, %u of these unlinked meanwhile",
 	       self->nr_rounds, self->nr_locked, self->nr_unlinked);
@@ -330,21 +300,7 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 
 #define NR_TABLES	1000
 #define GIVEN_BACK_MS	3000
-
-static long nr_tables(void)
-{
-	FILE *f = fopen("/proc/vmstat", "r");
-	long val = -1;
-	char line[128];
-
-	if (!f)
-		return -1;
-	while (fgets(line, sizeof(line), f))
-		if (sscanf(line, "nr_page_table_pages %ld", &val) == 1)
-			break;
-	fclose(f);
-	return val;
-}
+#define TABLES		"nr_page_table_pages"
 
 /* Make nr page tables with one page each, and unmap them. */
 static bool tables_come_and_go(int nr)
@@ -358,13 +314,13 @@ static bool tables_come_and_go(int nr)
 /* What others have just freed must not count as being in use. */
 static long settled_nr_tables(void)
 {
-	long last, now = nr_tables();
+	long last, now = vmstat_read(TABLES);
 	int i;
 
 	for (i = 0; i < 20; i++) {
 		usleep(100000);
 		last = now;
-		now = nr_tables();
+		now = vmstat_read(TABLES);
 		if (now >= last)
 			break;
 	}
@@ -383,7 +339,7 @@ TEST(unmapped_tables_are_given_back)
 
 	/* The rest of the system moves by less than a tenth of that. */
 	for (ms = 0; ms < GIVEN_BACK_MS; ms += 100) {
-		after = nr_tables();
+		after = vmstat_read(TABLES);
 		if (after - before < NR_TABLES / 10)
 			break;
 		usleep(100000);
@@ -428,10 +384,10 @@ TEST(small_cgroup_does_not_run_out)
 	long kills;
 	pid_t pid;
 
-	write_str("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
+	file_write("/sys/fs/cgroup/cgroup.subtree_control", "+memory");
 	if (mkdir(CGROUP, 0755) && errno != EEXIST)
 		SKIP(return, "cannot make " CGROUP ": %s", strerror(errno));
-	if (!write_str(CGROUP "/memory.max", CGROUP_MAX)) {
+	if (!file_write(CGROUP "/memory.max", CGROUP_MAX)) {
 		rmdir(CGROUP);
 		SKIP(return, "cannot set memory.max of a cgroup");
 	}
@@ -442,7 +398,7 @@ TEST(small_cgroup_does_not_run_out)
 	ASSERT_GE(pid, 0);
 	if (!pid) {
 		prctl(PR_SET_PDEATHSIG, SIGKILL);
-		if (!write_str(CGROUP "/cgroup.procs", "0"))
+		if (!file_write(CGROUP "/cgroup.procs", "0"))
 			_exit(2);
 		while (time(NULL) < end) {
 			if (!tables_come_and_go(CGROUP_TABLES))

@@ -36,23 +36,6 @@
 #define GIB		(1UL << 30)
 #define RACE_SECONDS	3
 
-static void write_pages(char *p, int nr, char what)
-{
-	int i;
-
-	for (i = 0; i < nr; i++)
-		poke(p + i * PAGE, what);
-}
-
-static int count_pages(const char *p, int nr, char what)
-{
-	int i, found = 0;
-
-	for (i = 0; i < nr; i++)
-		found += peek(p + i * PAGE) == what;
-	return found;
-}
-
 /* A file with this in its first byte of each page. */
 static bool fill_file(int fd, unsigned long size, char what)
 {

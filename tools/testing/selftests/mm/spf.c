@@ -50,21 +50,14 @@
 #define __NR_map_shadow_stack 453
 #endif
 
-static void write_pages(char *p, char what)
+static void write_table(char *p, char what)
 {
-	int i;
-
-	for (i = 0; i < NR_PAGES; i++)
-		poke(p + i * PAGE, what);
+	write_pages(p, NR_PAGES, what);
 }
 
 static int wrong_pages(const char *p, char what)
 {
-	int i, wrong = 0;
-
-	for (i = 0; i < NR_PAGES; i++)
-		wrong += peek(p + i * PAGE) != what;
-	return wrong;
+	return NR_PAGES - count_pages(p, NR_PAGES, what);
 }
 
 static sigjmp_buf fault_jmp;
@@ -249,7 +242,7 @@ TEST_F(spf, write_gets_page)
 	COUNT(spf_success);
 
 	getrusage(RUSAGE_THREAD, &before);
-	write_pages(self->p, 2);
+	write_table(self->p, 2);
 	getrusage(RUSAGE_THREAD, &after);
 	GREW(spf_success, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 2), 0);
@@ -263,7 +256,7 @@ TEST_F(spf, write_over_zero_page)
 {
 	EXPECT_EQ(wrong_pages(self->p, 0), 0);
 	COUNT(spf_success);
-	write_pages(self->p, 3);
+	write_table(self->p, 3);
 	GREW(spf_success, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 3), 0);
 }
@@ -272,10 +265,10 @@ TEST_F(spf, cow_after_fork)
 {
 	struct sharer child;
 
-	write_pages(self->p, 4);
+	write_table(self->p, 4);
 	ASSERT_TRUE(sharer_begins(&child, self->p, 4));
 	COUNT(spf_success);
-	write_pages(self->p, 5);
+	write_table(self->p, 5);
 	GREW(spf_success, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 5), 0);
 	EXPECT_EQ(sharer_ends(&child), 0);
@@ -286,7 +279,7 @@ TEST_F(spf, reuse_when_child_is_gone)
 	pid_t pid;
 	int status;
 
-	write_pages(self->p, 6);
+	write_table(self->p, 6);
 	pid = fork();
 	ASSERT_GE(pid, 0);
 	if (!pid)
@@ -294,7 +287,7 @@ TEST_F(spf, reuse_when_child_is_gone)
 	ASSERT_EQ(waitpid(pid, &status, 0), pid);
 
 	COUNT(spf_success);
-	write_pages(self->p, 7);
+	write_table(self->p, 7);
 	GREW(spf_success, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 7), 0);
 }
@@ -326,7 +319,7 @@ TEST_F(spf, mlocked)
 	if (mlock2(self->p, TABLE, MLOCK_ONFAULT))
 		SKIP(return, "mlock2: %s", strerror(errno));
 	COUNT(spf_abort_vma);
-	write_pages(self->p, 1);
+	write_table(self->p, 1);
 	GREW(spf_abort_vma, NR_PAGES);
 }
 
@@ -345,7 +338,7 @@ TEST_F(spf, swapped_out)
 {
 	long out;
 
-	write_pages(self->p, 8);
+	write_table(self->p, 8);
 	if (!swap_is_on())
 		SKIP(return, "needs swap");
 	ASSERT_EQ(madvise(self->p, TABLE, MADV_PAGEOUT), 0);
@@ -360,7 +353,7 @@ TEST_F(spf, swapped_out)
 
 TEST_F(spf, forbidden_access_gets_its_signal)
 {
-	write_pages(self->p, 9);
+	write_table(self->p, 9);
 	ASSERT_EQ(mprotect(self->p, PAGE, PROT_READ), 0);
 	COUNT(spf_abort_access);
 	EXPECT_EQ(write_signal(self->p), SIGSEGV);
@@ -375,7 +368,7 @@ TEST_F(spf, switched_off)
 	if (!switch_set(SYSCTL, 0))
 		SKIP(return, "no " SYSCTL);
 	COUNT(spf_attempt);
-	write_pages(self->p, 1);
+	write_table(self->p, 1);
 	EXPECT_EQ(vmstat_read("spf_attempt"), spf_attempt);
 	EXPECT_EQ(wrong_pages(self->p, 1), 0);
 }
@@ -404,14 +397,14 @@ TEST_F(spf, huge_page)
 		SKIP(return, "no huge page");
 	GREW(spf_abort_table, 1);
 
-	write_pages(p, 2);
+	write_table(p, 2);
 	ASSERT_TRUE(sharer_begins(&child, p, 2));
 	COUNT_AGAIN(spf_abort_table);
 	COUNT(spf_success);
 	/* Copying splits it, and there is a page table then. */
 	poke(p, 3);
 	GREW(spf_abort_table, 1);
-	write_pages(p, 3);
+	write_table(p, 3);
 	GREW(spf_success, NR_PAGES - 1);
 	EXPECT_EQ(wrong_pages(p, 3), 0);
 	EXPECT_EQ(sharer_ends(&child), 0);
@@ -453,7 +446,7 @@ TEST_F(spf, mthp)
 
 	ASSERT_EQ(drop_pages(self->p), 0);
 	COUNT(spf_abort_vma);
-	write_pages(self->p, 2);
+	write_table(self->p, 2);
 	GREW(spf_abort_vma, NR_PAGES / MTHP_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 2), 0);
 	mthps = file_number(MTHP "stats/anon_fault_alloc") - mthps;
@@ -468,7 +461,7 @@ TEST_F(spf, memory_policy)
 		    8 * sizeof(nodes), 0))
 		SKIP(return, "mbind: %s", strerror(errno));
 	COUNT(spf_abort_vma);
-	write_pages(self->p, 2);
+	write_table(self->p, 2);
 	GREW(spf_abort_vma, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 2), 0);
 	EXPECT_EQ(pages_on_node(self->p, NR_PAGES, last_node()), NR_PAGES);
@@ -477,7 +470,7 @@ TEST_F(spf, memory_policy)
 		  0);
 	ASSERT_EQ(drop_pages(self->p), 0);
 	COUNT(spf_success);
-	write_pages(self->p, 3);
+	write_table(self->p, 3);
 	GREW(spf_success, NR_PAGES);
 }
 
@@ -494,25 +487,10 @@ TEST_F(spf, memory_policy_of_thread)
 			SKIP(return, "set_mempolicy: %s", strerror(errno));
 		ASSERT_EQ(drop_pages(self->p), 0);
 		COUNT(spf_success);
-		write_pages(self->p, node + 1);
+		write_table(self->p, node + 1);
 		GREW(spf_success, NR_PAGES);
 		EXPECT_EQ(pages_on_node(self->p, NR_PAGES, node), NR_PAGES);
 	}
-}
-
-/* Where there is a user fault, there is SIGBUS. */
-static int uffd_open(unsigned long features)
-{
-	struct uffdio_api api = {
-		.api = UFFD_API, .features = UFFD_FEATURE_SIGBUS | features
-	};
-	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-
-	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api)) {
-		close(fd);
-		return -1;
-	}
-	return fd;
 }
 
 TEST_F(spf, userfaultfd_missing)
@@ -521,7 +499,7 @@ TEST_F(spf, userfaultfd_missing)
 		.range = { (uintptr_t)self->p, TABLE },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
-	int i, fd = uffd_open(0);
+	int i, fd = uffd_open(UFFD_FEATURE_SIGBUS);
 
 	if (fd < 0)
 		SKIP(return, "userfaultfd: %s", strerror(errno));
@@ -534,7 +512,7 @@ TEST_F(spf, userfaultfd_missing)
 	GREW(spf_abort_vma, NR_PAGES);
 	close(fd);
 	COUNT(spf_success);
-	write_pages(self->p, 2);
+	write_table(self->p, 2);
 	GREW(spf_success, NR_PAGES);
 }
 
@@ -548,11 +526,12 @@ TEST_F(spf, userfaultfd_wp)
 		.range = reg.range,
 		.mode = UFFDIO_WRITEPROTECT_MODE_WP,
 	};
-	int i, fd = uffd_open(UFFD_FEATURE_PAGEFAULT_FLAG_WP);
+	int i, fd = uffd_open(UFFD_FEATURE_SIGBUS |
+			     UFFD_FEATURE_PAGEFAULT_FLAG_WP);
 
 	if (fd < 0)
 		SKIP(return, "userfaultfd: %s", strerror(errno));
-	write_pages(self->p, 2);
+	write_table(self->p, 2);
 	ASSERT_EQ(ioctl(fd, UFFDIO_REGISTER, &reg), 0);
 	ASSERT_EQ(ioctl(fd, UFFDIO_WRITEPROTECT, &wp), 0);
 	COUNT(spf_abort_vma);
@@ -561,7 +540,7 @@ TEST_F(spf, userfaultfd_wp)
 	GREW(spf_abort_vma, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 2), 0);
 	close(fd);
-	write_pages(self->p, 3);
+	write_table(self->p, 3);
 	EXPECT_EQ(wrong_pages(self->p, 3), 0);
 }
 
@@ -725,7 +704,7 @@ TEST_F(spf, mmu_notifier)
 	struct sharer child;
 	int fd;
 
-	write_pages(self->p, 4);
+	write_table(self->p, 4);
 	ASSERT_TRUE(sharer_begins(&child, self->p, 4));
 	fd = open("/dev/hmm_dmirror0", O_RDWR);
 	if (fd < 0) {
@@ -734,7 +713,7 @@ TEST_F(spf, mmu_notifier)
 		     strerror(errno));
 	}
 	COUNT(spf_abort_notifier);
-	write_pages(self->p, 5);
+	write_table(self->p, 5);
 	GREW(spf_abort_notifier, NR_PAGES);
 	EXPECT_EQ(wrong_pages(self->p, 5), 0);
 	EXPECT_EQ(sharer_ends(&child), 0);
@@ -742,7 +721,7 @@ TEST_F(spf, mmu_notifier)
 	/* Where there was none, none goes. */
 	ASSERT_EQ(drop_pages(self->p), 0);
 	COUNT(spf_success);
-	write_pages(self->p, 6);
+	write_table(self->p, 6);
 	GREW(spf_success, NR_PAGES);
 	close(fd);
 }
@@ -771,7 +750,7 @@ static int write_and_drop(char *p, char what)
 {
 	int wrong;
 
-	write_pages(p, what);
+	write_table(p, what);
 	wrong = wrong_pages(p, what);
 	drop_pages(p);
 	return wrong;
@@ -781,7 +760,7 @@ static int write_next(char *p, char what)
 {
 	int wrong = wrong_pages(p, what - 1);
 
-	write_pages(p, what);
+	write_table(p, what);
 	return wrong;
 }
 
@@ -840,7 +819,7 @@ TEST_F_TIMEOUT(spf, migration_entry, 2 * PATIENCE)
 	if (!last_node() || sysconf(_SC_NPROCESSORS_ONLN) < 2)
 		SKIP(return, "needs two nodes, and two CPUs");
 	COUNT(spf_abort_pte);
-	write_pages(self->p, 0);
+	write_table(self->p, 0);
 	ASSERT_TRUE(other_begins(&mover, migrate_once, self->p));
 	wrong = faults_until("spf_abort_pte", self->p, write_next);
 	other_ends(&mover);
@@ -1014,7 +993,7 @@ TEST_F(spf_kind, falls_back)
 	if (!variant->writes)
 		return;
 	COUNT_AGAIN(spf_abort_vma);
-	write_pages(p, 2);
+	write_table(p, 2);
 	GREW(spf_abort_vma, variant->writes);
 	EXPECT_EQ(wrong_pages(p, 2), 0);
 }
@@ -1076,7 +1055,7 @@ TEST_F(spf, kept_not_by_child)
 	pid_t pid;
 	int status;
 
-	write_pages(self->p, 1);
+	write_table(self->p, 1);
 	keep(self->p);
 	pid = fork();
 	ASSERT_GE(pid, 0);
@@ -1136,7 +1115,7 @@ TEST_F(spf, kept_without_anon_vma)
 	/* Now it has one, and nobody has taken mmap_lock for write. */
 	COUNT_AGAIN(spf_success);
 	COUNT_AGAIN(spf_abort_anon_vma);
-	write_pages(p, 2);
+	write_table(p, 2);
 	GREW(spf_success, NR_PAGES - 2);
 	EXPECT_LT(vmstat_read("spf_abort_anon_vma") - spf_abort_anon_vma,
 		  NR_PAGES / 2);
@@ -1149,7 +1128,7 @@ TEST_F(spf, kept_ends_where_the_vma_does)
 	char *p = self->p;
 	int i;
 
-	write_pages(p, 3);
+	write_table(p, 3);
 	ASSERT_EQ(mprotect(p, first * PAGE, PROT_READ), 0);
 	ASSERT_EQ(mprotect(p + behind * PAGE, 100 * PAGE, PROT_READ), 0);
 	ASSERT_EQ(madvise(p + first * PAGE, (behind - first) * PAGE,
@@ -1226,7 +1205,7 @@ TEST_F(spf, kept_not_after_userfaultfd)
 		.range = { (uintptr_t)self->p, TABLE },
 		.mode = UFFDIO_REGISTER_MODE_MISSING,
 	};
-	int fd = uffd_open(0);
+	int fd = uffd_open(UFFD_FEATURE_SIGBUS);
 
 	if (fd < 0)
 		SKIP(return, "userfaultfd: %s", strerror(errno));
@@ -1245,7 +1224,7 @@ TEST_F(spf, kept_over_dontneed)
 	int i;
 
 	/* No writer: the VMA is kept, the pages are not. */
-	write_pages(p, 1);
+	write_table(p, 1);
 	ASSERT_EQ(drop_pages(p), 0);
 	COUNT(spf_success);
 	for (i = 0; i < NR_PAGES; i++)
@@ -1716,7 +1695,7 @@ static char *prepare_written(struct settings *settings)
 	char *p = map_ready();
 
 	if (p)
-		write_pages(p, 1);
+		write_table(p, 1);
 	return p;
 }
 
@@ -1826,7 +1805,7 @@ static int have_faults(const struct run *run, char *p)
 {
 	if (!run->write)
 		return wrong_pages(p, 0);
-	write_pages(p, 2);
+	write_table(p, 2);
 	return 0;
 }
 

@@ -633,12 +633,8 @@ static void read_pagemap(struct race *race, uint64_t *entries)
 /* A signal takes the place of the event, so that nobody waits. */
 static bool prepare_uffd(struct race *race)
 {
-	struct uffdio_api api = {
-		.api = UFFD_API, .features = UFFD_FEATURE_SIGBUS
-	};
-
-	race->fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-	return race->fd >= 0 && !ioctl(race->fd, UFFDIO_API, &api);
+	race->fd = uffd_open(UFFD_FEATURE_SIGBUS);
+	return race->fd >= 0;
 }
 
 static bool round_uffd(struct race *race)

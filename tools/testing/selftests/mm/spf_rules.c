@@ -42,7 +42,7 @@ FIXTURE_SETUP(rules)
 {
 	if (!switch_spf_on(&self->settings))
 		SKIP(return, "needs root");
-	catch_faults();
+	catch_access_signals();
 	self->was = counts();
 }
 
@@ -95,11 +95,11 @@ FIXTURE_SETUP(gate)
 	setting_change(&self->settings, DELAY "spf_copy", "2000");
 	setting_change(&self->settings, DELAY "spf_memory", "2000");
 	setting_change(&self->settings, DELAY "spf_lock", "2000");
-	catch_faults();
+	catch_access_signals();
 	g->was = counts();
 	g->pagemap = open("/proc/self/pagemap", O_RDONLY);
 	ASSERT_GE(g->pagemap, 0);
-	g->uffd = open_uffd();
+	g->uffd = uffd_open(UFFD_FEATURE_SIGBUS);
 
 	table = reserve(2 * TABLE);
 	ASSERT_NE(table, NULL);
@@ -444,7 +444,7 @@ TEST_F_TIMEOUT(rules, no_page_behind_userfaultfd, 60)
 	long rounds = 0, empty = 0, behind = 0;
 	char *p = map_ready();
 	time_t start = time(NULL);
-	int uffd = open_uffd();
+	int uffd = uffd_open(UFFD_FEATURE_SIGBUS);
 
 	if (uffd < 0)
 		SKIP(return, "userfaultfd: %s", strerror(errno));

@@ -11,7 +11,6 @@
 #include <mm/pgtable_walk_test.h>
 #include <pthread.h>
 #include <sched.h>
-#include <setjmp.h>
 #include <signal.h>
 #include <stdatomic.h>
 #include <sys/ioctl.h>
@@ -29,31 +28,12 @@
 /* Nothing else is near: page tables of all levels come and go with a VMA. */
 #define LONELY		((char *)(1UL << 45))
 
-static __thread sigjmp_buf fault_jmp;
-
-static void on_fault(int sig)
-{
-	siglongjmp(fault_jmp, sig);
-}
-
-static void catch_faults(void)
-{
-	struct sigaction sa = {
-		.sa_handler = on_fault, .sa_flags = SA_NODEFER
-	};
-
-	sigaction(SIGSEGV, &sa, NULL);
-	sigaction(SIGBUS, &sa, NULL);
-}
-
 /* The signal that writing to p gets, or 0. */
 static int write_signal(char *p, char what)
 {
-	int sig = sigsetjmp(fault_jmp, 0);
+	unsigned long val = (unsigned char)what;
 
-	if (!sig)
-		poke(p, what);
-	return sig;
+	return try_access((unsigned long *)p, &val, true);
 }
 
 /* A thread that writes to pages, one after the other, until it is stopped. */
@@ -137,21 +117,9 @@ static void read_pages(const char *p, int nr)
 		peek(p + i * PAGE);
 }
 
-static void write_pages(char *p, int nr, char what)
-{
-	int i;
-
-	for (i = 0; i < nr; i++)
-		poke(p + i * PAGE, what);
-}
-
 static int wrong_pages(const char *p, int nr, char what)
 {
-	int i, wrong = 0;
-
-	for (i = 0; i < nr; i++)
-		wrong += peek(p + i * PAGE) != what;
-	return wrong;
+	return nr - count_pages(p, nr, what);
 }
 
 /* Pages that are there, or swapped out: bits 63 and 62 in /proc/PID/pagemap */
@@ -164,20 +132,6 @@ static int count_present(int pagemap, const char *p, int nr)
 	for (i = 0; i < nr; i++)
 		there += !!(entry[i] >> 62);
 	return nr ? there : -1;
-}
-
-static int open_uffd(void)
-{
-	struct uffdio_api api = {
-		.api = UFFD_API, .features = UFFD_FEATURE_SIGBUS
-	};
-	int fd = syscall(__NR_userfaultfd, O_CLOEXEC);
-
-	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api)) {
-		close(fd);
-		return -1;
-	}
-	return fd;
 }
 
 static int arm(int uffd, char *p, unsigned long size)

@@ -275,10 +275,8 @@ static void leave_cgroup(void)
 
 static void look_around(void)
 {
-	struct uffdio_api api = { .api = UFFD_API };
-
-	uffd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
-	have_uffd = uffd >= 0 && !ioctl(uffd, UFFDIO_API, &api);
+	uffd = uffd_open(0);
+	have_uffd = uffd >= 0;
 	node_last = last_node();
 	have_nodes = node_last;
 	have_policies = !syscall(__NR_get_mempolicy, NULL, NULL, 0, NULL, 0);
