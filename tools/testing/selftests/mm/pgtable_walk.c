@@ -106,6 +106,7 @@ FIXTURE(pgtable_walk)
 	bool (*round)(char *addr);
 	unsigned int delay_us;
 	bool fail_alloc;
+	struct settings settings;
 	atomic_bool stop;
 	atomic_int broken;
 	atomic_uint nr_locked, nr_unlinked;
@@ -188,7 +189,9 @@ FIXTURE_SETUP(pgtable_walk)
 	if (variant->round == deposit_round && !deposit_round(self->addr))
 		SKIP(return, "MADV_COLLAPSE does not work here");
 
-	if (variant->round == reclaim_round && access(PT_RECLAIM, R_OK))
+	/* Each time, and not just the first */
+	if (variant->round == reclaim_round &&
+	    !setting_change(&self->settings, PT_RECLAIM, "2"))
 		SKIP(return, "page tables are not reclaimed here");
 
 	if (variant->fail_alloc) {
@@ -209,6 +212,7 @@ FIXTURE_TEARDOWN(pgtable_walk)
 {
 	if (self->fail_alloc)
 		file_write(FAIL_PAGE_ALLOC "probability", "0");
+	settings_restore(&self->settings);
 	if (self->fd >= 0)
 		close(self->fd);
 }

@@ -65,11 +65,12 @@ FIXTURE(reclaim)
 	long flush;
 };
 
+/* All tables are to go, also those that are in use all the time. */
 FIXTURE_SETUP(reclaim)
 {
 	if (switch_get(SYSCTL) < 0)
 		SKIP(return, "no " SYSCTL);
-	if (!setting_change(&self->settings, SYSCTL, "1"))
+	if (!setting_change(&self->settings, SYSCTL, "2"))
 		SKIP(return, "cannot write " SYSCTL);
 	self->scanned = vmstat_read("pt_reclaim_scanned");
 	self->freed = vmstat_read("pt_reclaim_freed");
@@ -94,6 +95,7 @@ TEST_F_TIMEOUT(reclaim, sweep, 300)
 	long before;
 	char *p;
 
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
 	p = map_anon(size);
 	ASSERT_NE(p, NULL);
 	before = vm_pte();
@@ -466,6 +468,149 @@ TEST_F_TIMEOUT(reclaim, huge_page, 120)
 	munmap(p, TABLE);
 }
 
+/*
+ * With the switch at 1, the default, the tables of a thread that returns to
+ * them are kept: the last eight that it has reclaimed.
+ */
+#define MAX_KEPT	8
+
+static bool touch_and_zap(char *p, int tables)
+{
+	int i;
+
+	for (i = 0; i < tables; i++) {
+		if (peek(p + i * TABLE))
+			return false;
+		poke(p + i * TABLE, i + 1);
+	}
+	return !madvise(p, tables * TABLE, MADV_DONTNEED);
+}
+
+/* One by one, each reclaimed the first time, and kept the second */
+static bool have_kept(char *p, int tables)
+{
+	int i, n;
+
+	for (i = 0; i < tables; i++)
+		for (n = 0; n < 2; n++)
+			if (!touch_and_zap(p + i * TABLE, 1))
+				return false;
+	return true;
+}
+
+TEST_F_TIMEOUT(reclaim, in_use_is_kept, 120)
+{
+	long before, kept, freed;
+	char *p;
+	int i;
+
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	p = map_anon(MAX_KEPT * TABLE);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	kept = vmstat_read("pt_reclaim_kept");
+	ASSERT_TRUE(touch_and_zap(p, MAX_KEPT));
+	EXPECT_LE(vm_pte() - before, 8);
+	freed = freed_by_now();
+	for (i = 0; i < 10; i++) {
+		ASSERT_TRUE(touch_and_zap(p, MAX_KEPT));
+		EXPECT_GE(vm_pte() - before, 4 * MAX_KEPT);
+	}
+	EXPECT_GE(vmstat_read("pt_reclaim_kept") - kept, 10 * MAX_KEPT);
+	TH_LOG("%ld tables freed while %d were in use", freed_by_now() - freed,
+	       MAX_KEPT);
+
+	/* And not with the switch at 2. */
+	ASSERT_TRUE(switch_set(SYSCTL, 2));
+	ASSERT_TRUE(touch_and_zap(p, MAX_KEPT));
+	EXPECT_LE(vm_pte() - before, 8);
+	munmap(p, MAX_KEPT * TABLE);
+}
+
+/* What was kept goes when others are. */
+TEST_F_TIMEOUT(reclaim, kept_are_few, 120)
+{
+	const int nr = 64;
+	long before;
+	char *p;
+	int i;
+
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	p = map_anon(2 * nr * TABLE);
+	ASSERT_NE(p, NULL);
+	before = vm_pte();
+	for (i = 0; i < nr; i++) {
+		ASSERT_TRUE(have_kept(p + i * TABLE, 1));
+		EXPECT_LE(vm_pte() - before, 4 * MAX_KEPT + 8);
+	}
+	EXPECT_GE(vm_pte() - before, 4 * MAX_KEPT);
+	for (i = nr; i < nr + MAX_KEPT; i++)
+		ASSERT_TRUE(touch_and_zap(p + i * TABLE, 1));
+	EXPECT_LE(vm_pte() - before, 8);
+	EXPECT_GE(freed_by_now(), 2 * nr + MAX_KEPT);
+	munmap(p, 2 * nr * TABLE);
+}
+
+/* It goes only if it is empty, and if all of it belongs to one VMA still. */
+TEST_F_TIMEOUT(reclaim, kept_is_looked_at_again, 120)
+{
+	long before;
+	char *p, *q;
+	int i;
+
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	p = map_anon(MAX_KEPT * TABLE);
+	q = map_anon(MAX_KEPT * TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_NE(q, NULL);
+	ASSERT_TRUE(touch_and_zap(q, MAX_KEPT));
+	ASSERT_TRUE(have_kept(p, MAX_KEPT));
+	before = vm_pte();
+
+	/* The first is in use, the second gone, the third divided, ... */
+	write_pages(p + TABLE - PAGE, 1, 'a');
+	ASSERT_EQ(munmap(p + TABLE, TABLE), 0);
+	ASSERT_EQ(mprotect(p + 2 * TABLE, TABLE / 2, PROT_READ), 0);
+	/* ... the fourth that of others, and in use by them. */
+	ASSERT_NE(map_at(p + 3 * TABLE, TABLE,
+			 MAP_SHARED | MAP_ANONYMOUS | MAP_FIXED, -1), NULL);
+	write_pages(p + 3 * TABLE, NR_PAGES, 'b');
+
+	ASSERT_TRUE(touch_and_zap(q, MAX_KEPT));
+	/* The second had gone, the last four are gone now. */
+	EXPECT_EQ(vm_pte() - before, -5 * 4);
+	EXPECT_EQ(peek(p + TABLE - PAGE), 'a');
+	EXPECT_EQ(peek(p + 2 * TABLE), 0);
+	EXPECT_EQ(count_pages(p + 3 * TABLE, NR_PAGES, 'b'), NR_PAGES);
+	for (i = 4; i < MAX_KEPT; i++)
+		EXPECT_EQ(count_pages(p + i * TABLE, NR_PAGES, 0), NR_PAGES);
+	munmap(p, MAX_KEPT * TABLE);
+	munmap(q, MAX_KEPT * TABLE);
+}
+
+/* Others begin with no tables that they keep. */
+TEST_F_TIMEOUT(reclaim, kept_by_nobody_else, 120)
+{
+	long before;
+	int status;
+	char *p;
+	pid_t pid;
+
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	ASSERT_TRUE(have_kept(p, 1));
+	pid = fork();
+	ASSERT_GE(pid, 0);
+	if (!pid) {
+		before = vm_pte();
+		_exit(!touch_and_zap(p, 1) || vm_pte() > before);
+	}
+	ASSERT_EQ(waitpid(pid, &status, 0), pid);
+	EXPECT_EQ(status, 0);
+	munmap(p, TABLE);
+}
+
 static void *hog(void *arg)
 {
 	atomic_bool *stop = arg;
@@ -532,6 +677,7 @@ struct race {
 	atomic_long checks;
 	bool huge;
 	bool same;	/* pages with the same contents */
+	bool in_turn;	/* a zap is of one table only */
 	bool (*ready)(struct race *race);	/* for the next zap */
 	atomic_long times_ready;	/* because of that */
 };
@@ -562,7 +708,7 @@ static void check_page(struct race *race, char *addr, struct page_state *state)
 	if (!val && state->value && state->begin == gen)
 		atomic_fetch_add(&race->lost, 1);
 	/* The first even number after the first whole zap after the write */
-	if (val && gen >= ((state->end + 1) & ~1UL) + 2)
+	if (!race->in_turn && val && gen >= ((state->end + 1) & ~1UL) + 2)
 		atomic_fetch_add(&race->back, 1);
 }
 
@@ -637,13 +783,41 @@ static void *zap(void *arg)
 	return NULL;
 }
 
+static void zap_table(struct race *race, int nr)
+{
+	atomic_fetch_add(&race->gen, 1);
+	if (madvise(race->p + nr * TABLE, TABLE, MADV_DONTNEED))
+		atomic_fetch_add(&race->wrong, 1);
+	atomic_fetch_add(&race->gen, 1);
+}
+
+/*
+ * Table by table: one that is kept is emptied, and makes room for the next one
+ * at once, while the owners may be filling it.
+ */
+static void *zap_in_turn(void *arg)
+{
+	struct race *race = arg;
+	int i, nr = race->pages / NR_PAGES;
+
+	for (i = 0; !atomic_load(&race->stop); i++) {
+		zap_table(race, (i + nr - MAX_KEPT) % nr);
+		zap_table(race, i % nr);
+		usleep(rand() % 1000);
+		zap_table(race, i % nr);
+		atomic_fetch_add(&race->zaps, 1);
+	}
+	return NULL;
+}
+
 static bool run_race(struct race *race, void *(*disrupt)(void *))
 {
 	pthread_t thread[NR_OWNERS], zapper, disruptor;
 	struct owner owner[NR_OWNERS];
 	int i, seconds;
 
-	if (pthread_create(&zapper, NULL, zap, race))
+	if (pthread_create(&zapper, NULL, race->in_turn ? zap_in_turn : zap,
+			   race))
 		return false;
 	for (i = 0; i < NR_OWNERS; i++) {
 		owner[i] = (struct owner){ .race = race, .nr = i };
@@ -707,6 +881,22 @@ TEST_F_TIMEOUT(reclaim, one_table_refilled, 120)
 	ASSERT_NE(race.p, NULL);
 	ASSERT_TRUE(run_race(&race, NULL));
 	race_went_well(&race);
+	munmap(race.p, race.pages * PAGE);
+}
+
+TEST_F_TIMEOUT(reclaim, kept_tables_refilled, 120)
+{
+	struct race race = { .pages = 2 * MAX_KEPT * NR_PAGES, .in_turn = true };
+	long kept = vmstat_read("pt_reclaim_kept");
+
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	race.p = map_anon(race.pages * PAGE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_TRUE(run_race(&race, NULL));
+	race_went_well(&race);
+	kept = vmstat_read("pt_reclaim_kept") - kept;
+	TH_LOG("%ld tables kept", kept);
+	EXPECT_GE(kept, 10);
 	munmap(race.p, race.pages * PAGE);
 }
 

@@ -864,7 +864,7 @@ TEST_F_TIMEOUT(spf, page_table_goes, 2 * PATIENCE)
 	int wrong;
 
 	if (sysconf(_SC_NPROCESSORS_ONLN) < 2 ||
-	    !setting_change(&self->settings, "/proc/sys/vm/pt_reclaim", "1"))
+	    !setting_change(&self->settings, "/proc/sys/vm/pt_reclaim", "2"))
 		SKIP(return, "needs two CPUs, and CONFIG_PT_RECLAIM");
 	COUNT(spf_abort_pmd);
 	COUNT(pt_reclaim_freed);

@@ -651,7 +651,8 @@ int main(int argc, char **argv)
 	look_around();
 	if (switch_get(SPF_SYSCTL) >= 0)
 		setting_change(&settings, SPF_SYSCTL, "1");
-	setting_change(&settings, RECLAIM_SYSCTL, "1");
+	/* With and without page tables that are kept as they are in use. */
+	setting_change(&settings, RECLAIM_SYSCTL, storm->seed & 1 ? "1" : "2");
 	setting_change(&settings, "/proc/sys/vm/oom_dump_tasks", "0");
 	start_daemons();
 

@@ -82,7 +82,7 @@ static inline void vmstat_events_end(struct vmstat_events *events)
 	__vmstat_events(events, false);
 }
 
-/* A switch that is 0 or 1; -1 if there is none. */
+/* A switch of one digit, 0 for off; -1 if there is none. */
 static inline int switch_get(const char *path)
 {
 	int fd = open(path, O_RDONLY);
@@ -93,17 +93,18 @@ static inline int switch_get(const char *path)
 	if (read(fd, &c, 1) != 1)
 		c = '0';
 	close(fd);
-	return c == '1';
+	return c - '0';
 }
 
-static inline bool switch_set(const char *path, int on)
+static inline bool switch_set(const char *path, int to)
 {
 	int fd = open(path, O_WRONLY);
+	char c = '0' + to;
 	bool ok;
 
 	if (fd < 0)
 		return false;
-	ok = write(fd, on ? "1" : "0", 1) == 1;
+	ok = write(fd, &c, 1) == 1;
 	close(fd);
 	return ok;
 }
