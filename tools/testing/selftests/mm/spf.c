@@ -1312,7 +1312,7 @@ static void *keeper_fn(void *data)
 	return NULL;
 }
 
-TEST_F(spf, kept_by_many_threads)
+TEST_F_TIMEOUT(spf, kept_by_many_threads, 120)
 {
 	struct keeper k[NR_KEEPERS] = { };
 	int i, round;
@@ -1359,7 +1359,7 @@ static void *protector_fn(void *data)
 	return NULL;
 }
 
-TEST_F(spf, kept_not_after_other_thread)
+TEST_F_TIMEOUT(spf, kept_not_after_other_thread, 120)
 {
 	struct protector w = { .p = self->p };
 	pthread_t thread;
