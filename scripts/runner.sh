@@ -14,7 +14,7 @@
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/lib.sh"
 
-FULL='' STOPPED='' PART_PID='' DIR='' MINUTES=''
+FULL='' STOPPED='' PART_PID='' DIR='' MINUTES='' DEADLINE=''
 
 # field PART NAME: from the head of a part
 field() { sed -n "/^[^#]/q; s/^# $2: *//p" "$PARTS/$1"; }
@@ -70,7 +70,7 @@ run_part() {
 	# Ctrl-C must not take the log away before the part has had its last word.
 	(trap '' INT TERM HUP; exec tee "$log" <"$DIR/.out") &
 	tee_pid=$!
-	RESULTS=$DIR/$name FULL=$FULL setsid timeout --foreground -k 30 "${limit}m" \
+	RESULTS=$DIR/$name FULL=$FULL DEADLINE=$DEADLINE setsid timeout --foreground -k 30 "${limit}m" \
 		"$PARTS/$name" </dev/null >"$DIR/.out" 2>&1 &
 	PART_PID=$!
 	wait "$PART_PID" || rc=$?
@@ -140,6 +140,7 @@ results_directory() {
 # no time are left out.
 run_parts() {
 	local i not_run
+	[[ ! $MINUTES ]] || DEADLINE=$((EPOCHSECONDS - SECONDS + MINUTES * 60))
 	: >"$DIR/summary"
 	trap 'STOPPED=1; stop_part' INT TERM HUP
 	for ((i = 1; i <= $#; i++)); do

@@ -6,7 +6,8 @@
 # and ends.  What its head tells about it is in runner.sh.
 #
 # A part may use $SCRATCH (a directory that goes away), $RESULTS (one that
-# stays) and ${FULL:-} (not empty: take the time it needs).
+# stays), ${FULL:-} (not empty: take the time it needs) and ${DEADLINE:-} (not
+# empty: the second since the epoch from which on to leave out what can be).
 
 # shellcheck source=scripts/lib.sh
 . "$(dirname "${BASH_SOURCE[0]}")/../lib.sh"
