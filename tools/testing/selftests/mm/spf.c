@@ -430,11 +430,18 @@ TEST_F(spf, huge_zero_page)
 #define MTHP		THP "hugepages-64kB/"
 #define MTHP_PAGES	16
 
+static bool mthp_enable(struct settings *settings)
+{
+	/* khugepaged must not make huge pages of them. */
+	return setting_change(settings, THP "hugepages-2048kB/enabled", "never") &&
+	       setting_change(settings, MTHP "enabled", "madvise");
+}
+
 TEST_F(spf, mthp)
 {
 	long mthps;
 
-	if (!setting_change(&self->settings, MTHP "enabled", "madvise") ||
+	if (!mthp_enable(&self->settings) ||
 	    madvise(self->p, TABLE, MADV_HUGEPAGE))
 		SKIP(return, "no huge pages of 64 kB");
 	mthps = file_number(MTHP "stats/anon_fault_alloc");
@@ -1780,7 +1787,7 @@ static char *prepare_mthp(struct settings *settings)
 {
 	char *p = map_ready();
 
-	return p && setting_change(settings, MTHP "enabled", "madvise") &&
+	return p && mthp_enable(settings) &&
 	       !madvise(p, TABLE, MADV_HUGEPAGE) ? p : NULL;
 }
 
@@ -1810,8 +1817,9 @@ static int have_faults(const struct run *run, char *p)
 }
 
 /* Never returns. */
-static void run_faults(struct run *run, struct settings *settings)
+static void run_faults(struct run *run)
 {
+	struct settings settings = { };
 	struct lens lens = { };
 	cpu_set_t cpu;
 
@@ -1821,9 +1829,11 @@ static void run_faults(struct run *run, struct settings *settings)
 	CPU_SET(sched_getcpu(), &cpu);
 	sched_setaffinity(0, sizeof(cpu), &cpu);
 
-	lens.p = run->prepare(settings);
-	if (!lens.p)
+	lens.p = run->prepare(&settings);
+	if (!lens.p) {
+		settings_restore(&settings);
 		_exit(KSFT_SKIP);
+	}
 	lens.scratch = map_table();
 	if (!lens.scratch)
 		_exit(KSFT_FAIL);
@@ -1843,10 +1853,11 @@ static void run_faults(struct run *run, struct settings *settings)
 	run->speculative += vmstat_read("spf_success");
 	look_at_pages(&run->pages, &lens);
 	run->wrong += wrong_pages(lens.p, run->write ? 2 : 0);
+	settings_restore(&settings);
 	_exit(0);
 }
 
-static int run_alone(struct run *run, struct settings *settings)
+static int run_alone(struct run *run)
 {
 	int i, status = -1;
 	pid_t pid;
@@ -1855,7 +1866,7 @@ static int run_alone(struct run *run, struct settings *settings)
 	mkdir(CGROUP, 0755);
 	pid = fork();
 	if (!pid)
-		run_faults(run, settings);
+		run_faults(run);
 	if (pid > 0)
 		waitpid(pid, &status, 0);
 	/* It may take a while until it has left. */
@@ -1911,7 +1922,7 @@ TEST_F(spf_same, traces)
 			SKIP(return, "needs root");
 		run[on].prepare = variant->prepare;
 		run[on].write = variant->write;
-		ret = run_alone(&run[on], &self->settings);
+		ret = run_alone(&run[on]);
 		if (ret == KSFT_SKIP)
 			SKIP(return, "cannot prepare that");
 		ASSERT_EQ(ret, 0);
