@@ -1396,18 +1396,16 @@ TEST_F_TIMEOUT(spf, kept_not_after_other_thread, 120)
 #define CGROUP		"/sys/fs/cgroup/spf_test"
 #define SAMPLE_PAGES	8	/* a power of two, twice what is needed */
 
-/* Numbers by name.  Some are not exact: they may differ by this much. */
+/* Numbers by name */
 struct traces {
 	int nr;
 	struct {
 		char name[40];
 		long val;
-		long slack;
 	} one[MAX_TRACES];
 };
 
-static void note_about(struct traces *t, const char *of, const char *name,
-		       long val, long slack)
+static void note(struct traces *t, const char *of, const char *name, long val)
 {
 	int i = t->nr;
 
@@ -1415,13 +1413,7 @@ static void note_about(struct traces *t, const char *of, const char *name,
 		return;
 	snprintf(t->one[i].name, sizeof(t->one[i].name), "%s %s", of, name);
 	t->one[i].val = val;
-	t->one[i].slack = slack;
 	t->nr++;
-}
-
-static void note(struct traces *t, const char *of, const char *name, long val)
-{
-	note_about(t, of, name, val, 0);
 }
 
 /* What a process is looked at with */
@@ -1620,9 +1612,7 @@ static void look_at_counters(struct traces *t, struct lens *l)
 		snprintf(path, sizeof(path), MTHP_STATS "%s", *name);
 		note(t, "mthp", *name, file_number(path));
 	}
-	/* Each CPU has some that are not in the sum. */
-	note_about(t, "status", "RssAnon",
-		   field_read("/proc/self/status", "RssAnon:"), 64 * 4);
+	note(t, "status", "RssAnon", field_read("/proc/self/status", "RssAnon:"));
 	note(t, "status", "VmPTE", vm_pte());
 }
 
@@ -1893,7 +1883,7 @@ static int differences(struct __test_metadata *_metadata,
 			val[1] -= before[1]->one[i].val;
 		}
 		if (!strcmp(after[0]->one[i].name, after[1]->one[i].name) &&
-		    labs(val[0] - val[1]) <= after[0]->one[i].slack)
+		    val[0] == val[1])
 			continue;
 		TH_LOG("%s: %ld without, %s: %ld with", after[0]->one[i].name,
 		       val[0], after[1]->one[i].name, val[1]);

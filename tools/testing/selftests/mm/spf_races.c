@@ -49,7 +49,7 @@
 #define HOP		131	/* from page to page: tables alternate */
 #define SLOT		512	/* for an owner in a page, or for O_DIRECT */
 #define HANG_SECONDS	100
-#define EXTRA_SECONDS	60	/* until what has to happen has happened */
+#define EXTRA_SECONDS	300	/* until what has to happen has happened */
 
 #define get(x)		__atomic_load_n(&(x), __ATOMIC_SEQ_CST)
 #define set(x, to)	__atomic_store_n(&(x), to, __ATOMIC_SEQ_CST)
@@ -996,10 +996,10 @@ TEST_F_TIMEOUT(spf_races, race, 600)
 
 	EXPECT_TRUE(rmap_finds_all(race->base, race->span, race->stride));
 
-	/* The first of these is exact to some pages for each CPU. */
+	/* But for stacks and heap that have grown. */
 	munmap(race->home, race->span);
 	munmap(race->away, race->span);
-	EXPECT_LE(field_read("/proc/self/status", "RssAnon:"), rss + 2048);
+	EXPECT_LE(field_read("/proc/self/status", "RssAnon:"), rss + 512);
 	EXPECT_LE(vm_pte(), tables + 16);
 }
 

@@ -502,16 +502,12 @@ static void print_memory(const char *when, const struct memory *m)
 }
 
 /*
- * What is kept in memory of each CPU makes the numbers inexact, by at most 32
- * pages for each CPU or two for each pair of them, each time.  There is more
- * than that to be given back.  Page tables are counted exactly, but those of the
- * stack and the vDSO may have come in the meantime.
+ * All of it is counted exactly.  But stack and heap may have grown, and the page
+ * tables of the stack and the vDSO may have come in the meantime.
  */
 static void test_given_back(const struct memory *before)
 {
-	long cpus = sysconf(_SC_NPROCESSORS_CONF);
-	long batch = cpus > 16 ? 2 * cpus : 32;
-	long slack = 4 * cpus * batch * PAGE / 1024;
+	const long slack = 256;
 	struct memory full, now;
 	long grown;
 
