@@ -208,7 +208,7 @@ kselftest_under_kcsan() {
 	shift
 	kselftest_passes "$name" "$KSELFTEST, KCSAN" --config kcsan --allow-splat "$@"
 	[[ -s $RESULTS/$name.console ]] || return 0
-	races=$(grep -aoE 'BUG: KCSAN: .*' "$RESULTS/$name.console" | sort | uniq -c | sort -rn)
+	races=$({ grep -aoE 'BUG: KCSAN: .*' "$RESULTS/$name.console" || true; } | sort | uniq -c | sort -rn)
 	ours=$(grep -wFf <(functions_of_series) <<<"$races" || true)
 	if [[ $ours ]]; then
 		printf '%s\n' "$ours" >"$SCRATCH/races"

@@ -1211,12 +1211,13 @@ static void *collapse_file(void *arg)
 	while (!atomic_load(&race->stop)) {
 		int i;
 
-		if (!madvise(race->p, race->pages * PAGE, MADV_COLLAPSE))
-			atomic_fetch_add(&race->checks, 1);
-		for (i = 0; i < race->pages; i += NR_PAGES)
+		for (i = 0; i < race->pages; i += NR_PAGES) {
+			if (!madvise(race->p + i * PAGE, TABLE, MADV_COLLAPSE))
+				atomic_fetch_add(&race->checks, 1);
 			fallocate(race->fd, FALLOC_FL_PUNCH_HOLE |
 				  FALLOC_FL_KEEP_SIZE,
 				  (i + 3 - i % 7) * PAGE, PAGE);
+		}
 	}
 	return NULL;
 }
