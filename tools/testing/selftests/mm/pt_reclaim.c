@@ -692,12 +692,15 @@ TEST_F_TIMEOUT(reclaim, kept_not_over_exec, 120)
 	EXPECT_EQ(status, 0);
 }
 
+enum { IDLE, BUSY, STOP };
+
 static void *hog(void *arg)
 {
-	atomic_bool *stop = arg;
+	atomic_int *mode = arg;
 
-	while (!atomic_load(stop))
-		;
+	while (atomic_load(mode) != STOP)
+		if (atomic_load(mode) == IDLE)
+			usleep(1000);
 	return NULL;
 }
 
@@ -706,7 +709,7 @@ TEST_F_TIMEOUT(reclaim, rescheduled, 180)
 {
 	const unsigned long size = 16 * TABLE;
 	pthread_t thread[2];
-	atomic_bool stop = false;
+	atomic_int mode = IDLE;
 	struct rusage usage;
 	cpu_set_t cpu;
 	long before, switches;
@@ -719,22 +722,24 @@ TEST_F_TIMEOUT(reclaim, rescheduled, 180)
 	p = map_anon(size);
 	ASSERT_NE(p, NULL);
 	for (i = 0; i < 2; i++)
-		ASSERT_EQ(pthread_create(&thread[i], NULL, hog, &stop), 0);
+		ASSERT_EQ(pthread_create(&thread[i], NULL, hog, &mode), 0);
 	before = vm_pte();
 	switches = 0;
 	for (round = 0; round < 2 || (round < 20 && !switches); round++) {
 		write_pages(p, size / PAGE, 1);
+		atomic_store(&mode, BUSY);
 		getrusage(RUSAGE_THREAD, &usage);
 		switches -= usage.ru_nivcsw;
 		ASSERT_EQ(madvise(p, size, MADV_DONTNEED), 0);
 		getrusage(RUSAGE_THREAD, &usage);
 		switches += usage.ru_nivcsw;
+		atomic_store(&mode, IDLE);
 		EXPECT_LE(vm_pte() - before, 8);
 	}
 	TH_LOG("made way %ld times in %d zaps", switches, round);
 	EXPECT_GE(switches, 1);
 	EXPECT_GE(freed_by_now(), round * 16);
-	atomic_store(&stop, true);
+	atomic_store(&mode, STOP);
 	for (i = 0; i < 2; i++)
 		pthread_join(thread[i], NULL);
 	munmap(p, size);
