@@ -286,48 +286,6 @@ TEST_F_TIMEOUT(reclaim, shared_file, 120)
 	close(fd);
 }
 
-/*
- * Who empties a page table with no mmap_lock held leaves it where it is: the
- * table must not go before the TLB is flushed, and only mmap_lock holds up those
- * who would put something else there.
- */
-static void check_truncated(struct __test_metadata *_metadata, int flags,
-			    bool punch)
-{
-	int fd = make_file(TABLE, 'f');
-	long scanned, before;
-	char *p;
-
-	ASSERT_GE(fd, 0);
-	p = reserve(TABLE);
-	ASSERT_NE(p, NULL);
-	ASSERT_NE(map_at(p, TABLE, flags, fd), NULL);
-	before = vm_pte();
-	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
-	EXPECT_GE(vm_pte() - before, 4);
-	scanned = vmstat_read("pt_reclaim_scanned");
-	if (punch) {
-		ASSERT_EQ(fallocate(fd, FALLOC_FL_PUNCH_HOLE |
-				    FALLOC_FL_KEEP_SIZE, 0, TABLE), 0);
-	} else {
-		ASSERT_EQ(ftruncate(fd, 0), 0);
-		ASSERT_EQ(ftruncate(fd, TABLE), 0);
-	}
-	EXPECT_GE(vm_pte() - before, 4);
-	EXPECT_EQ(vmstat_read("pt_reclaim_scanned"), scanned);
-	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
-	munmap(p, TABLE);
-	close(fd);
-}
-
-TEST_F_TIMEOUT(reclaim, truncated_stays, 120)
-{
-	check_truncated(_metadata, MAP_SHARED, false);
-	check_truncated(_metadata, MAP_SHARED, true);
-	check_truncated(_metadata, MAP_PRIVATE, false);
-	check_truncated(_metadata, MAP_PRIVATE, true);
-}
-
 TEST_F_TIMEOUT(reclaim, swapped_out, 120)
 {
 	long before;
@@ -1089,19 +1047,11 @@ static void *disrupt_changes(void *arg)
 TEST_F_TIMEOUT(reclaim, fork_and_collapse, 120)
 {
 	struct race race = { .pages = 4 * NR_PAGES };
-	long collapsed = vmstat_read("thp_collapse_alloc");
 
 	race.p = map_anon(race.pages * PAGE);
 	ASSERT_NE(race.p, NULL);
-	/* No huge pages in faults, but where MADV_COLLAPSE asks for them */
-	setting_change(&self->settings, THP "enabled", "never");
-	if (madvise(race.p, race.pages * PAGE, MADV_HUGEPAGE))
-		SKIP(return, "no huge pages in this kernel");
 	ASSERT_TRUE(run_race(&race, disrupt_changes));
 	race_went_well(&race);
-	collapsed = vmstat_read("thp_collapse_alloc") - collapsed;
-	TH_LOG("%ld huge pages", collapsed);
-	EXPECT_GT(collapsed, 0);
 	munmap(race.p, race.pages * PAGE);
 }
 
