@@ -9,11 +9,15 @@
 #include <errno.h>
 #include <fcntl.h>
 #include <linux/mempolicy.h>
+#include <linux/userfaultfd.h>
+#include <setjmp.h>
+#include <signal.h>
 #include <stdbool.h>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
+#include <sys/ioctl.h>
 #include <sys/mman.h>
 #include <sys/syscall.h>
 #include <unistd.h>
@@ -72,6 +76,43 @@ static inline int count_pages(const char *p, int nr, char what)
 	for (i = 0; i < nr; i++)
 		found += peek(p + i * PAGE) == what;
 	return found;
+}
+
+static __thread sigjmp_buf access_jmp;
+static __thread bool in_access;
+
+static inline void on_access_signal(int sig)
+{
+	if (__atomic_load_n(&in_access, __ATOMIC_SEQ_CST))
+		siglongjmp(access_jmp, sig);
+	signal(sig, SIG_DFL);
+}
+
+/* From now on try_access() returns the signals of bad accesses. */
+static inline void catch_access_signals(void)
+{
+	struct sigaction sa = {
+		.sa_handler = on_access_signal, .sa_flags = SA_NODEFER
+	};
+
+	sigaction(SIGSEGV, &sa, NULL);
+	sigaction(SIGBUS, &sa, NULL);
+}
+
+/* The signal that an access gets, or 0; in any number of threads at once */
+static inline int try_access(unsigned long *p, unsigned long *val, bool write)
+{
+	int sig = sigsetjmp(access_jmp, 0);
+
+	if (!sig) {
+		__atomic_store_n(&in_access, true, __ATOMIC_SEQ_CST);
+		if (write)
+			__atomic_store_n(p, *val, __ATOMIC_SEQ_CST);
+		else
+			*val = __atomic_load_n(p, __ATOMIC_SEQ_CST);
+	}
+	__atomic_store_n(&in_access, false, __ATOMIC_SEQ_CST);
+	return sig;
 }
 
 /* Address space, aligned to align, with nothing mapped around it. */
@@ -296,6 +337,19 @@ static inline bool khugepaged_hurries(struct settings *settings)
 	return setting_change(settings, THP "enabled", "madvise");
 }
 
+/* With UFFD_FEATURE_SIGBUS there is a signal where there would be an event. */
+static inline int uffd_open(unsigned long features)
+{
+	struct uffdio_api api = { .api = UFFD_API, .features = features };
+	int fd = syscall(__NR_userfaultfd, O_CLOEXEC | O_NONBLOCK);
+
+	if (fd >= 0 && ioctl(fd, UFFDIO_API, &api)) {
+		close(fd);
+		return -1;
+	}
+	return fd;
+}
+
 /* The last of the nodes that have memory: 0 if there is one only. */
 static inline int last_node(void)
 {
@@ -339,6 +393,75 @@ static inline int move_to_node(char *p, int nr, int node)
 	for (i = 0; i < nr; i++)
 		nodes[i] = node;
 	return __move_pages(p, nr, nodes, node);
+}
+
+/* Where pages of this range are to be; -1: anywhere */
+static inline bool bind_range(char *p, unsigned long size, int node, int flags)
+{
+	unsigned long nodes = node < 0 ? 0 : 1UL << node;
+
+	return !syscall(__NR_mbind, p, size,
+			node < 0 ? MPOL_DEFAULT : MPOL_BIND,
+			node < 0 ? NULL : &nodes, node < 0 ? 0 : 64, flags);
+}
+
+/* Move all pages there; some may be in use, or on their way to the LRU. */
+static inline bool moves_all(char *p, unsigned long size, int node)
+{
+	bool ok = false;
+	int tries;
+
+	for (tries = 0; tries < 50 && !ok; tries++) {
+		if (tries)
+			usleep(20000);
+		ok = bind_range(p, size, node, MPOL_MF_MOVE | MPOL_MF_STRICT);
+	}
+	return ok && bind_range(p, size, -1, 0);
+}
+
+static inline bool swaps_all(char *p, unsigned long size)
+{
+	int fd = open("/proc/self/pagemap", O_RDONLY), tries, i, there = 1;
+	uint64_t entries[NR_PAGES];
+	unsigned long off;
+
+	for (tries = 0; tries < 50 && there; tries++) {
+		if (tries)
+			usleep(20000);
+		file_write("/proc/sys/vm/compact_memory", "1");
+		madvise(p, size, MADV_PAGEOUT);
+		there = 0;
+		for (off = 0; off < size; off += NR_PAGES * PAGE) {
+			memset(entries, -1, sizeof(entries));
+			pread(fd, entries, sizeof(entries),
+			      (uintptr_t)(p + off) / PAGE * 8);
+			for (i = 0; i < NR_PAGES; i++)
+				there += entries[i] >> 63;
+		}
+	}
+	close(fd);
+	return !there;
+}
+
+/*
+ * Write to a page every stride bytes.  Do those who look for them by rmap find
+ * all of them, and is what was written there afterwards?
+ */
+static inline bool rmap_finds_all(char *p, unsigned long size,
+				  unsigned long stride)
+{
+	unsigned long off;
+	bool ok = true;
+
+	for (off = 0; off < size; off += stride)
+		*(unsigned long *)(p + off) = off + 1;
+	if (last_node())
+		ok = moves_all(p, size, last_node()) && moves_all(p, size, 0);
+	if (swap_is_on())
+		ok &= swaps_all(p, size);
+	for (off = 0; off < size; off += stride)
+		ok &= *(unsigned long *)(p + off) == off + 1;
+	return ok;
 }
 
 #endif /* _SELFTESTS_MM_ANON_UTIL_H */

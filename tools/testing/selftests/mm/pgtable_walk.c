@@ -39,6 +39,7 @@
 #include "vmstat_sysctl.h"
 
 #define DEBUGFS		"/sys/kernel/debug/"
+#define PT_RECLAIM	"/proc/sys/vm/pt_reclaim"
 #define FAIL_PAGE_ALLOC	DEBUGFS "fail_page_alloc/"
 #define NR_WALKERS	2
 #define WALKS_PER_CALL	20
@@ -89,6 +90,15 @@ static bool deposit_round(char *addr)
 	return !munmap(addr, PMD_SIZE) && ok;
 }
 
+/* Zapping all of a page table frees it, with the VMA still there. */
+static bool reclaim_round(char *addr)
+{
+	bool ok = map_and_touch(addr, PMD_SIZE) &&
+		  !madvise(addr, PMD_SIZE, MADV_DONTNEED);
+
+	return !munmap(addr, PMD_SIZE) && ok;
+}
+
 FIXTURE(pgtable_walk)
 {
 	int fd;
@@ -96,6 +106,7 @@ FIXTURE(pgtable_walk)
 	bool (*round)(char *addr);
 	unsigned int delay_us;
 	bool fail_alloc;
+	struct settings settings;
 	atomic_bool stop;
 	atomic_int broken;
 	atomic_uint nr_locked, nr_unlinked;
@@ -150,6 +161,13 @@ FIXTURE_VARIANT_ADD(pgtable_walk, zap_deposited)
 	.delay_us = 6000,
 };
 
+FIXTURE_VARIANT_ADD(pgtable_walk, reclaimed)
+{
+	.addr = ADDR_LOW,
+	.round = reclaim_round,
+	.delay_us = 300,
+};
+
 FIXTURE_SETUP(pgtable_walk)
 {
 	self->fd = open(DEBUGFS "pgtable_walk_test", O_RDWR);
@@ -171,6 +189,11 @@ FIXTURE_SETUP(pgtable_walk)
 	if (variant->round == deposit_round && !deposit_round(self->addr))
 		SKIP(return, "MADV_COLLAPSE does not work here");
 
+	/* Each time, and not just the first */
+	if (variant->round == reclaim_round &&
+	    !setting_change(&self->settings, PT_RECLAIM, "2"))
+		SKIP(return, "page tables are not reclaimed here");
+
 	if (variant->fail_alloc) {
 		if (access(FAIL_PAGE_ALLOC "probability", W_OK))
 			SKIP(return, "needs CONFIG_FAIL_PAGE_ALLOC and its debugfs");
@@ -189,6 +212,7 @@ FIXTURE_TEARDOWN(pgtable_walk)
 {
 	if (self->fail_alloc)
 		file_write(FAIL_PAGE_ALLOC "probability", "0");
+	settings_restore(&self->settings);
 	if (self->fd >= 0)
 		close(self->fd);
 }

@@ -40,6 +40,48 @@ static inline long vmstat_read(const char *name)
 	return __vmstat_sum(name, strlen(name) + 1);
 }
 
+/* What has been counted between begin and end, of all with this prefix */
+struct vmstat_events {
+	const char *prefix;
+	char text[512];		/* "3 this_event, 4 that_event" */
+	long was[32];
+};
+
+static inline void __vmstat_events(struct vmstat_events *events, bool begin)
+{
+	FILE *f = fopen("/proc/vmstat", "r");
+	char line[128], key[64];
+	int nr = 0, len = 0;
+	long val;
+
+	if (!f)
+		return;
+	events->text[0] = '\0';
+	while (nr < 32 && fgets(line, sizeof(line), f)) {
+		if (sscanf(line, "%63s %ld", key, &val) != 2 ||
+		    strncmp(key, events->prefix, strlen(events->prefix)))
+			continue;
+		if (begin)
+			events->was[nr] = val;
+		else if (val != events->was[nr] && len < 400)
+			len += sprintf(events->text + len, "%s%ld %s",
+				       len ? ", " : "", val - events->was[nr],
+				       key);
+		nr++;
+	}
+	fclose(f);
+}
+
+static inline void vmstat_events_begin(struct vmstat_events *events)
+{
+	__vmstat_events(events, true);
+}
+
+static inline void vmstat_events_end(struct vmstat_events *events)
+{
+	__vmstat_events(events, false);
+}
+
 /* A switch of one digit, 0 for off; -1 if there is none. */
 static inline int switch_get(const char *path)
 {
