@@ -10,6 +10,7 @@
 #define _GNU_SOURCE
 #include <errno.h>
 #include <fcntl.h>
+#include <linux/magic.h>
 #include <linux/userfaultfd.h>
 #include <pthread.h>
 #include <sched.h>
@@ -24,6 +25,7 @@
 #include <sys/prctl.h>
 #include <sys/resource.h>
 #include <sys/stat.h>
+#include <sys/statfs.h>
 #include <sys/syscall.h>
 #include <sys/wait.h>
 #include <time.h>
@@ -205,7 +207,8 @@ TEST_F_TIMEOUT(reclaim, shared_with_neighbour_stays, 120)
 }
 
 /* Copies go, as they do without reclaim, and the file shows again. */
-static void check_private_file(struct __test_metadata *_metadata, int fd)
+static void check_private_file(struct __test_metadata *_metadata, int fd,
+			       bool swap)
 {
 	long before;
 	char *p;
@@ -216,6 +219,8 @@ static void check_private_file(struct __test_metadata *_metadata, int fd)
 	before = vm_pte();
 	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
 	write_pages(p, NR_PAGES / 2, 'c');
+	if (swap)
+		EXPECT_TRUE(swaps_all(p, TABLE));
 	EXPECT_GE(vm_pte() - before, 4);
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
 	EXPECT_LE(vm_pte() - before, 0);
@@ -228,7 +233,30 @@ TEST_F_TIMEOUT(reclaim, private_file, 120)
 	int fd = make_file(TABLE, 'f');
 
 	ASSERT_GE(fd, 0);
-	check_private_file(_metadata, fd);
+	check_private_file(_metadata, fd, false);
+	EXPECT_GE(freed_by_now(), 1);
+	close(fd);
+}
+
+/* Of a disk, and with the copies swapped out, if there is swap. */
+TEST_F_TIMEOUT(reclaim, private_file_on_disk, 120)
+{
+	char path[] = "/var/tmp/pt_reclaim.XXXXXX";
+	int fd = mkstemp(path);
+	struct statfs fs;
+
+	if (fd < 0)
+		SKIP(return, "no file in /var/tmp: %s", strerror(errno));
+	unlink(path);
+	if (fstatfs(fd, &fs) || fs.f_type == TMPFS_MAGIC)
+		SKIP(return, "/var/tmp is not on a disk");
+	ASSERT_TRUE(fill_file(fd, TABLE, 'f'));
+	check_private_file(_metadata, fd, false);
+	if (swap_is_on()) {
+		/* Dirty pages stay. */
+		ASSERT_EQ(fsync(fd), 0);
+		check_private_file(_metadata, fd, true);
+	}
 	EXPECT_GE(freed_by_now(), 1);
 	close(fd);
 }
@@ -261,7 +289,7 @@ TEST_F_TIMEOUT(reclaim, private_file_on_dax, 120)
 	ASSERT_GE(fd, 0);
 	unlink(path);
 	ASSERT_TRUE(fill_file(fd, TABLE, 'f'));
-	check_private_file(_metadata, fd);
+	check_private_file(_metadata, fd, false);
 	close(fd);
 }
 
