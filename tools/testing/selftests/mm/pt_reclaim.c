@@ -753,8 +753,9 @@ TEST_F_TIMEOUT(reclaim, rescheduled, 180)
 		ASSERT_EQ(pthread_create(&thread[i], NULL, hog, &mode), 0);
 	before = vm_pte();
 	switches = 0;
-	for (round = 0; round < 2 || (round < 20 && !switches); round++) {
-		write_pages(p, size / PAGE, 1);
+	for (round = 0; round < 2 || (round < 40 && switches < 8); round++) {
+		for (i = 0; i < size / PAGE; i += 8)
+			poke(p + i * PAGE, 1);
 		atomic_store(&mode, BUSY);
 		getrusage(RUSAGE_THREAD, &usage);
 		switches -= usage.ru_nivcsw;
