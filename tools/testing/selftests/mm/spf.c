@@ -1796,6 +1796,7 @@ struct run {
 	long speculative;
 	int wrong;
 	bool in_cgroup, perf;
+	struct settings settings;
 };
 
 static int have_faults(const struct run *run, char *p)
@@ -1809,7 +1810,6 @@ static int have_faults(const struct run *run, char *p)
 /* Never returns. */
 static void run_faults(struct run *run)
 {
-	struct settings settings = { };
 	struct lens lens = { };
 	cpu_set_t cpu;
 
@@ -1819,11 +1819,9 @@ static void run_faults(struct run *run)
 	CPU_SET(sched_getcpu(), &cpu);
 	sched_setaffinity(0, sizeof(cpu), &cpu);
 
-	lens.p = run->prepare(&settings);
-	if (!lens.p) {
-		settings_restore(&settings);
+	lens.p = run->prepare(&run->settings);
+	if (!lens.p)
 		_exit(KSFT_SKIP);
-	}
 	lens.scratch = map_table();
 	if (!lens.scratch)
 		_exit(KSFT_FAIL);
@@ -1843,7 +1841,6 @@ static void run_faults(struct run *run)
 	run->speculative += vmstat_read("spf_success");
 	look_at_pages(&run->pages, &lens);
 	run->wrong += wrong_pages(lens.p, run->write ? 2 : 0);
-	settings_restore(&settings);
 	_exit(0);
 }
 
@@ -1859,6 +1856,7 @@ static int run_alone(struct run *run)
 		run_faults(run);
 	if (pid > 0)
 		waitpid(pid, &status, 0);
+	settings_restore(&run->settings);
 	/* It may take a while until it has left. */
 	for (i = 0; i < 50 && rmdir(CGROUP) && errno == EBUSY; i++)
 		usleep(100000);
