@@ -112,7 +112,8 @@ int main(void)
 
 	sparse = map(512 * TABLE);
 	for (int i = 0; i < 512; i++)
-		*(volatile char *)(sparse + i * TABLE) = 1;
+		MEASURE(i, *(volatile char *)(sparse + i * TABLE) = 1);
+	report("write_fault_no_table", 512);
 	for (int i = 0; i < 512; i++)
 		MEASURE(i, drop(sparse + i * TABLE, TABLE));
 	report("madvise_dontneed_2m", 512);

@@ -146,15 +146,14 @@ TEST_F_TIMEOUT(reclaim, switched_off, 120)
 	p = map_anon(TABLE);
 	ASSERT_NE(p, NULL);
 	ASSERT_TRUE(switch_set(SYSCTL, 0));
-	before = vm_pte();
 	write_pages(p, NR_PAGES, 1);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(vm_pte(), before);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
 
 	/* Tables that were emptied before are found when switched on. */
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	before = vm_pte();
 	ASSERT_TRUE(switch_set(SYSCTL, 1));
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
 	EXPECT_LE(vm_pte() - before, -4);
@@ -168,14 +167,14 @@ TEST_F_TIMEOUT(reclaim, partly_covered_stays, 120)
 
 	p = map_anon(2 * TABLE);
 	ASSERT_NE(p, NULL);
-	before = vm_pte();
 	write_pages(p, 2 * NR_PAGES, 1);
+	before = vm_pte();
 	scanned = vmstat_read("pt_reclaim_scanned");
 	/* All but the first page, all but the last, around the border. */
 	ASSERT_EQ(madvise(p + PAGE, TABLE - PAGE, MADV_DONTNEED), 0);
 	ASSERT_EQ(madvise(p, TABLE - PAGE, MADV_DONTNEED), 0);
 	ASSERT_EQ(madvise(p + TABLE / 2, TABLE, MADV_DONTNEED), 0);
-	EXPECT_GE(vm_pte() - before, 8);
+	EXPECT_EQ(vm_pte(), before);
 	EXPECT_EQ(vmstat_read("pt_reclaim_scanned"), scanned);
 	EXPECT_EQ(count_pages(p, NR_PAGES + NR_PAGES / 2, 0),
 		  NR_PAGES + NR_PAGES / 2);
@@ -195,13 +194,13 @@ TEST_F_TIMEOUT(reclaim, shared_with_neighbour_stays, 120)
 	ASSERT_NE(map_at(p, TABLE / 2, MAP_PRIVATE | MAP_ANONYMOUS, -1), NULL);
 	ASSERT_NE(map_at(p + TABLE / 2, TABLE / 2, MAP_SHARED | MAP_ANONYMOUS,
 			 -1), NULL);
-	before = vm_pte();
 	write_pages(p, NR_PAGES, 1);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE / 2, MADV_DONTNEED), 0);
-	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(vm_pte(), before);
 	EXPECT_EQ(count_pages(p + TABLE / 2, NR_PAGES / 2, 1), NR_PAGES / 2);
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(vm_pte(), before);
 	EXPECT_EQ(count_pages(p, NR_PAGES / 2, 0), NR_PAGES / 2);
 	munmap(p, TABLE);
 }
@@ -216,14 +215,13 @@ static void check_private_file(struct __test_metadata *_metadata, int fd,
 	p = reserve(TABLE);
 	ASSERT_NE(p, NULL);
 	ASSERT_NE(map_at(p, TABLE, MAP_PRIVATE, fd), NULL);
-	before = vm_pte();
 	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
 	write_pages(p, NR_PAGES / 2, 'c');
 	if (swap)
 		EXPECT_TRUE(swaps_all(p, TABLE));
-	EXPECT_GE(vm_pte() - before, 4);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(vm_pte() - before, -4);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
 	munmap(p, TABLE);
 }
@@ -304,11 +302,10 @@ TEST_F_TIMEOUT(reclaim, shared_file, 120)
 	p = reserve(TABLE);
 	ASSERT_NE(p, NULL);
 	ASSERT_NE(map_at(p, TABLE, MAP_SHARED, fd), NULL);
-	before = vm_pte();
 	write_pages(p, NR_PAGES, 's');
-	EXPECT_GE(vm_pte() - before, 4);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(vm_pte() - before, -4);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 's'), NR_PAGES);
 	munmap(p, TABLE);
 	close(fd);
@@ -330,9 +327,8 @@ static void check_truncated(struct __test_metadata *_metadata, int flags,
 	p = reserve(TABLE);
 	ASSERT_NE(p, NULL);
 	ASSERT_NE(map_at(p, TABLE, flags, fd), NULL);
-	before = vm_pte();
 	EXPECT_EQ(count_pages(p, NR_PAGES, 'f'), NR_PAGES);
-	EXPECT_GE(vm_pte() - before, 4);
+	before = vm_pte();
 	scanned = vmstat_read("pt_reclaim_scanned");
 	if (punch) {
 		ASSERT_EQ(fallocate(fd, FALLOC_FL_PUNCH_HOLE |
@@ -341,7 +337,7 @@ static void check_truncated(struct __test_metadata *_metadata, int flags,
 		ASSERT_EQ(ftruncate(fd, 0), 0);
 		ASSERT_EQ(ftruncate(fd, TABLE), 0);
 	}
-	EXPECT_GE(vm_pte() - before, 4);
+	EXPECT_EQ(vm_pte(), before);
 	EXPECT_EQ(vmstat_read("pt_reclaim_scanned"), scanned);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
 	munmap(p, TABLE);
@@ -366,12 +362,11 @@ TEST_F_TIMEOUT(reclaim, swapped_out, 120)
 
 	p = map_anon(TABLE);
 	ASSERT_NE(p, NULL);
-	before = vm_pte();
 	write_pages(p, NR_PAGES, 1);
 	ASSERT_TRUE(swaps_all(p, TABLE));
-	EXPECT_GE(vm_pte() - before, 4);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED), 0);
-	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(vm_pte() - before, -4);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
 	munmap(p, TABLE);
 }
@@ -383,14 +378,14 @@ TEST_F_TIMEOUT(reclaim, mlocked, 120)
 
 	p = map_anon(TABLE);
 	ASSERT_NE(p, NULL);
-	before = vm_pte();
 	if (mlock(p, TABLE))
 		SKIP(return, "mlock: %s", strerror(errno));
 	write_pages(p, NR_PAGES, 1);
 	EXPECT_EQ(madvise(p, TABLE, MADV_DONTNEED), -1);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 1), NR_PAGES);
+	before = vm_pte();
 	ASSERT_EQ(madvise(p, TABLE, MADV_DONTNEED_LOCKED), 0);
-	EXPECT_LE(vm_pte() - before, 0);
+	EXPECT_EQ(vm_pte() - before, -4);
 	EXPECT_EQ(count_pages(p, NR_PAGES, 0), NR_PAGES);
 	munmap(p, TABLE);
 }
