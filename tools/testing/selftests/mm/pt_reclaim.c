@@ -36,6 +36,7 @@
 #include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/pt_reclaim"
+#define SPF_SYSCTL	"/proc/sys/vm/speculative_page_fault"
 #define GIB		(1UL << 30)
 #define RACE_SECONDS	3
 
@@ -1009,9 +1010,13 @@ TEST_F_TIMEOUT(reclaim, one_table_refilled, 120)
 	munmap(race.p, race.pages * PAGE);
 }
 
-TEST_F_TIMEOUT(reclaim, kept_tables_refilled, 120)
+static void check_kept_tables(struct __test_metadata *_metadata,
+			      FIXTURE_DATA(reclaim) *self, const char *event)
 {
-	struct race race = { .pages = 2 * MAX_KEPT * NR_PAGES, .in_turn = true };
+	struct race race = {
+		.pages = 2 * MAX_KEPT * NR_PAGES, .in_turn = true,
+		.event = event,
+	};
 	long kept = vmstat_read("pt_reclaim_kept");
 
 	ASSERT_TRUE(switch_set(SYSCTL, 1));
@@ -1023,6 +1028,19 @@ TEST_F_TIMEOUT(reclaim, kept_tables_refilled, 120)
 	TH_LOG("%ld tables kept", kept);
 	EXPECT_GE(kept, 10);
 	munmap(race.p, race.pages * PAGE);
+}
+
+TEST_F_TIMEOUT(reclaim, kept_tables_refilled, 120)
+{
+	check_kept_tables(_metadata, self, NULL);
+}
+
+/* By faults that hold the lock of the table, and no other. */
+TEST_F_TIMEOUT(reclaim, kept_tables_refilled_speculatively, 120)
+{
+	if (!setting_change(&self->settings, SPF_SYSCTL, "1"))
+		SKIP(return, "no " SPF_SYSCTL);
+	check_kept_tables(_metadata, self, "spf_success");
 }
 
 /*
@@ -1134,6 +1152,57 @@ TEST_F_TIMEOUT(reclaim, fork_and_collapse, 120)
 	TH_LOG("%ld huge pages", collapsed);
 	EXPECT_GT(collapsed, 0);
 	munmap(race.p, race.pages * PAGE);
+}
+
+static void *write_and_zap(void *arg)
+{
+	struct race *race = arg;
+	int i;
+
+	for (i = 0; !atomic_load(&race->stop); i++) {
+		write_pages(race->p + i % NR_PAGES * PAGE, 1, 'w');
+		if (madvise(race->p, TABLE, MADV_DONTNEED))
+			atomic_fetch_add(&race->wrong, 1);
+		atomic_fetch_add(&race->zaps, 1);
+	}
+	return NULL;
+}
+
+/*
+ * Zaps of the same table.  Those that find a dirty page of a file drop the lock
+ * of the table to flush, and come back by that of the pmd; those that find none
+ * have the lock of the table, and want that of the pmd.
+ */
+TEST_F_TIMEOUT(reclaim, zaps_of_the_same, 120)
+{
+	struct race race = { .pages = NR_PAGES };
+	pthread_t thread[3];
+	int i;
+
+	race.fd = make_file(TABLE, 'f');
+	ASSERT_GE(race.fd, 0);
+	race.p = reserve(TABLE);
+	ASSERT_NE(race.p, NULL);
+	ASSERT_NE(map_at(race.p, TABLE, MAP_SHARED, race.fd), NULL);
+	for (i = 0; i < 3; i++)
+		ASSERT_EQ(pthread_create(&thread[i], NULL, write_and_zap,
+					 &race), 0);
+	for (i = 0; i < 60; i++) {
+		sleep(1);
+		if (i >= RACE_SECONDS && busy_by_now() &&
+		    freed_by_now() >= MIN_FREED)
+			break;
+	}
+	atomic_store(&race.stop, true);
+	for (i = 0; i < 3; i++)
+		pthread_join(thread[i], NULL);
+	TH_LOG("%ld zaps, %ld tables freed, %ld busy", atomic_load(&race.zaps),
+	       freed_by_now(), busy_by_now());
+	EXPECT_EQ(atomic_load(&race.wrong), 0);
+	EXPECT_GE(busy_by_now(), 1);
+	EXPECT_GE(freed_by_now(), MIN_FREED);
+	munmap(race.p, TABLE);
+	close(race.fd);
 }
 
 /* ksmd, which replaces pages by one that all of them share */
@@ -1643,6 +1712,294 @@ TEST_F_TIMEOUT(reclaim, no_flush_without_reclaim, 120)
 	EXPECT_EQ(atomic_load(&race.wrong), 0);
 	EXPECT_GE(atomic_load(&race.checks), 30);
 	EXPECT_EQ(vmstat_read("pt_reclaim_flush"), self->flush);
+}
+
+/*
+ * What is in the TLB of others when a table has been unlinked, but not flushed
+ * yet.  One thread reads a page all the time, one discards it with its table, and
+ * one puts something else there as soon as the page has gone, which nobody may do
+ * without a flush: from then on, the first must not see the old page any more.
+ */
+#define FLUSH_DELAY	"/sys/kernel/debug/mm_race_delay/pt_flush"
+#define MIN_FLUSHES	8
+
+struct tlb {
+	char *p, *src;		/* one table each */
+	int uffd;
+	int pagemap;
+	unsigned long value;		/* of the page, another one each round */
+	atomic_ulong seen;		/* what the reader has */
+	/* How far the page of a round has come */
+	atomic_ulong going;		/* is to be discarded */
+	atomic_ulong gone;		/* has been, and flushed */
+	atomic_ulong replaced;
+	atomic_long stale;
+	atomic_long failures;
+	atomic_bool stop;
+};
+
+FIXTURE(flush)
+{
+	struct settings settings;
+	struct tlb tlb;
+};
+
+FIXTURE_VARIANT(flush)
+{
+	bool huge;	/* what comes is a huge page */
+	bool file;	/* of a file, which the old page was a copy of */
+	bool uffd;
+	bool (*replace)(struct tlb *tlb);
+};
+
+static bool replace_by_write(struct tlb *tlb)
+{
+	poke(tlb->p, 0);
+	return true;
+}
+
+static bool replace_by_read(struct tlb *tlb)
+{
+	return !*(volatile unsigned long *)tlb->p;
+}
+
+static bool replace_by_move(struct tlb *tlb)
+{
+	struct uffdio_move move = {
+		.dst = (uintptr_t)tlb->p, .src = (uintptr_t)tlb->src,
+		.len = TABLE,
+	};
+
+	/* The zap may have had the lock of the pmd. */
+	while (ioctl(tlb->uffd, UFFDIO_MOVE, &move)) {
+		if (errno != EAGAIN)
+			return false;
+		move.move = 0;
+	}
+	return true;
+}
+
+FIXTURE_VARIANT_ADD(flush, page)
+{
+	.replace = replace_by_write,
+};
+
+FIXTURE_VARIANT_ADD(flush, zero_page)
+{
+	.replace = replace_by_read,
+};
+
+FIXTURE_VARIANT_ADD(flush, huge_page)
+{
+	.huge = true, .replace = replace_by_write,
+};
+
+FIXTURE_VARIANT_ADD(flush, huge_zero_page)
+{
+	.huge = true, .replace = replace_by_read,
+};
+
+FIXTURE_VARIANT_ADD(flush, huge_page_of_file)
+{
+	.huge = true, .file = true, .replace = replace_by_read,
+};
+
+FIXTURE_VARIANT_ADD(flush, moved_huge_page)
+{
+	.huge = true, .uffd = true, .replace = replace_by_move,
+};
+
+FIXTURE_SETUP(flush)
+{
+	if (!setting_change(&self->settings, SYSCTL, "2"))
+		SKIP(return, "cannot write " SYSCTL);
+	if (!setting_change(&self->settings, FLUSH_DELAY, "2000"))
+		SKIP(return, "cannot write " FLUSH_DELAY);
+	if (sysconf(_SC_NPROCESSORS_ONLN) < 3)
+		SKIP(return, "needs three CPUs");
+	if (variant->huge &&
+	    !setting_change(&self->settings, THP "enabled", "madvise"))
+		SKIP(return, "no transparent huge pages");
+	if (variant->file &&
+	    !setting_change(&self->settings, THP "shmem_enabled", "always"))
+		SKIP(return, "no transparent huge pages of files");
+}
+
+FIXTURE_TEARDOWN_PARENT(flush)
+{
+	settings_restore(&self->settings);
+}
+
+static void stay_on_cpu(int nr)
+{
+	cpu_set_t cpu;
+
+	CPU_ZERO(&cpu);
+	CPU_SET(nr, &cpu);
+	sched_setaffinity(0, sizeof(cpu), &cpu);
+}
+
+static bool page_is_present(struct tlb *tlb, char *addr)
+{
+	uint64_t entry = 0;
+
+	pread(tlb->pagemap, &entry, sizeof(entry), (uintptr_t)addr / PAGE * 8);
+	return entry >> 63;
+}
+
+static void *read_page(void *arg)
+{
+	struct tlb *tlb = arg;
+
+	stay_on_cpu(1);
+	while (!atomic_load(&tlb->stop)) {
+		unsigned long replaced = atomic_load(&tlb->replaced), val;
+
+		if (try_access((unsigned long *)tlb->p, &val, false))
+			continue;
+		if (val && val == replaced)
+			atomic_fetch_add(&tlb->stale, 1);
+		atomic_store(&tlb->seen, val);
+	}
+	return NULL;
+}
+
+struct replacer {
+	struct tlb *tlb;
+	bool (*replace)(struct tlb *tlb);
+};
+
+static void *replace_page(void *arg)
+{
+	struct replacer *replacer = arg;
+	struct tlb *tlb = replacer->tlb;
+	struct timespec wait = { };
+	unsigned long going;
+
+	stay_on_cpu(2);
+	while (!atomic_load(&tlb->stop)) {
+		going = atomic_load(&tlb->going);
+		if (going == atomic_load(&tlb->replaced)) {
+			sched_yield();
+			continue;
+		}
+		/* The reader may fill the place as well. */
+		while (page_is_present(tlb, tlb->p + TABLE - PAGE) &&
+		       atomic_load(&tlb->gone) != going)
+			;
+		/* Some flush before they tell, some tell before they flush. */
+		wait.tv_nsec = going % 4 * 500000;
+		if (wait.tv_nsec)
+			nanosleep(&wait, NULL);
+		if (!replacer->replace(tlb))
+			atomic_fetch_add(&tlb->failures, 1);
+		atomic_store(&tlb->replaced, going);
+	}
+	return NULL;
+}
+
+/* Small pages with this in the first and the last */
+static bool fill_ends(struct tlb *tlb, unsigned long value)
+{
+	static unsigned long page[PAGE / sizeof(value)]
+		__attribute__((aligned(PAGE)));
+	int i;
+
+	/* In this order: the reader must not get a huge page. */
+	madvise(tlb->p, TABLE, MADV_NOHUGEPAGE);
+	if (madvise(tlb->p, TABLE, MADV_DONTNEED))
+		return false;
+	for (i = 0; i < 2; i++) {
+		unsigned long *to = (void *)(tlb->p + i * (TABLE - PAGE));
+		struct uffdio_copy copy = {
+			.dst = (uintptr_t)to, .src = (uintptr_t)page, .len = PAGE,
+		};
+
+		if (tlb->uffd < 0) {
+			__atomic_store_n(to, value, __ATOMIC_SEQ_CST);
+			continue;
+		}
+		page[0] = value;
+		if (ioctl(tlb->uffd, UFFDIO_COPY, &copy))
+			return false;
+	}
+	return true;
+}
+
+TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
+{
+	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
+	struct replacer replacer = {
+		.tlb = &self->tlb, .replace = variant->replace,
+	};
+	time_t now, end = time(NULL) + RACE_SECONDS;
+	struct tlb *tlb = &self->tlb;
+	long flushes, times = 0, rounds = 0;
+	pthread_t thread[2];
+	int fd = -1;
+
+	tlb->uffd = -1;
+	tlb->pagemap = open("/proc/self/pagemap", O_RDONLY);
+	ASSERT_GE(tlb->pagemap, 0);
+	tlb->p = map_anon(TABLE);
+	ASSERT_NE(tlb->p, NULL);
+	if (variant->file) {
+		fd = make_file(TABLE, 0);
+		ASSERT_GE(fd, 0);
+		ASSERT_NE(map_at(tlb->p, TABLE, MAP_PRIVATE, fd), NULL);
+	}
+	if (variant->uffd) {
+		tlb->uffd = uffd_open(UFFD_FEATURE_MOVE | UFFD_FEATURE_SIGBUS);
+		if (tlb->uffd < 0)
+			SKIP(return, "no UFFDIO_MOVE: %s", strerror(errno));
+		tlb->src = map_anon(TABLE);
+		ASSERT_NE(tlb->src, NULL);
+		ASSERT_EQ(madvise(tlb->src, TABLE, MADV_HUGEPAGE), 0);
+		reg.range.start = (uintptr_t)tlb->p;
+		reg.range.len = TABLE;
+		ASSERT_EQ(ioctl(tlb->uffd, UFFDIO_REGISTER, &reg), 0);
+	}
+	catch_access_signals();
+	stay_on_cpu(0);
+	ASSERT_EQ(pthread_create(&thread[0], NULL, read_page, tlb), 0);
+	ASSERT_EQ(pthread_create(&thread[1], NULL, replace_page, &replacer), 0);
+
+	do {
+		tlb->value++;
+		ASSERT_TRUE(fill_ends(tlb, tlb->value));
+		if (tlb->src)
+			poke(tlb->src, 0);
+		if (variant->huge)
+			ASSERT_EQ(madvise(tlb->p, TABLE, MADV_HUGEPAGE), 0);
+		while (atomic_load(&tlb->seen) != tlb->value)
+			;
+		flushes = vmstat_read("pt_reclaim_flush");
+		atomic_store(&tlb->going, tlb->value);
+		ASSERT_EQ(madvise(tlb->p, TABLE, MADV_DONTNEED), 0);
+		atomic_store(&tlb->gone, tlb->value);
+		while (atomic_load(&tlb->replaced) != tlb->value)
+			sched_yield();
+		/* Where nobody has been, there is what a huge page has. */
+		if (page_is_present(tlb, tlb->p + TABLE / 2) == variant->huge &&
+		    vmstat_read("pt_reclaim_flush") > flushes)
+			times++;
+		rounds++;
+		now = time(NULL);
+	} while (now < end || (times < MIN_FLUSHES && now < end + 60));
+	atomic_store(&tlb->stop, true);
+	pthread_join(thread[0], NULL);
+	pthread_join(thread[1], NULL);
+
+	TH_LOG("%ld rounds, %ld of them with a flush, %ld times the old page",
+	       rounds, times, atomic_load(&tlb->stale));
+	EXPECT_EQ(atomic_load(&tlb->stale), 0);
+	EXPECT_EQ(atomic_load(&tlb->failures), 0);
+	EXPECT_GE(times, MIN_FLUSHES);
+	if (fd >= 0)
+		close(fd);
+	if (tlb->uffd >= 0)
+		close(tlb->uffd);
+	close(tlb->pagemap);
 }
 
 TEST_HARNESS_MAIN
