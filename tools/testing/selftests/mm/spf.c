@@ -1252,6 +1252,9 @@ TEST_F(spf, kept_not_after_map_fixed)
 		keep(p);
 		ASSERT_EQ(mmap(p, TABLE, PROT_READ | PROT_WRITE,
 			       MAP_PRIVATE | MAP_FIXED, fd, 0), p);
+		/* Now and then long enough for the old VMA to be freed */
+		if (i % 4 == 3)
+			usleep(200000);
 		EXPECT_EQ(peek(p + 7 * PAGE), 'x');
 		EXPECT_EQ(peek(p + 8 * PAGE), 0);
 		/* ... and back: that there was a file must not be kept, either. */
