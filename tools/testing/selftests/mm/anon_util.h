@@ -300,6 +300,36 @@ static inline void settings_restore(struct settings *all)
 	}
 }
 
+#define TRACING	"/sys/kernel/tracing/"
+
+/* Have the events of a tracepoint, "SYSTEM/EVENT", in an empty trace. */
+static inline bool trace_begin(struct settings *settings, const char *event)
+{
+	char path[128];
+	int fd;
+
+	snprintf(path, sizeof(path), TRACING "events/%s/enable", event);
+	if (!setting_change(settings, path, "1"))
+		return false;
+	fd = open(TRACING "trace", O_WRONLY | O_TRUNC);
+	close(fd);
+	return fd >= 0;
+}
+
+static inline bool trace_shows(const char *event)
+{
+	FILE *f = fopen(TRACING "trace", "r");
+	bool shows = false;
+	char line[256];
+
+	if (!f)
+		return false;
+	while (!shows && fgets(line, sizeof(line), f))
+		shows = strstr(line, event);
+	fclose(f);
+	return shows;
+}
+
 static inline bool swap_is_on(void)
 {
 	FILE *f = fopen("/proc/swaps", "r");

@@ -648,6 +648,30 @@ TEST_F_TIMEOUT(reclaim, kept_is_looked_at_again, 120)
 	munmap(q, MAX_KEPT * TABLE);
 }
 
+TEST_F_TIMEOUT(reclaim, traced, 120)
+{
+	char event[64];
+	char *p;
+
+	if (!trace_begin(&self->settings, "pt_reclaim/pt_reclaim"))
+		SKIP(return, "no tracepoints");
+	ASSERT_TRUE(switch_set(SYSCTL, 1));
+	p = map_anon(TABLE);
+	ASSERT_NE(p, NULL);
+	snprintf(event, sizeof(event), "pt_reclaim: addr=0x%lx freed=1",
+		 (unsigned long)p);
+	EXPECT_FALSE(trace_shows(event));
+	ASSERT_TRUE(touch_and_zap(p, 1));
+	EXPECT_TRUE(trace_shows(event));
+
+	/* The second time it is kept. */
+	*strrchr(event, '1') = '0';
+	EXPECT_FALSE(trace_shows(event));
+	ASSERT_TRUE(touch_and_zap(p, 1));
+	EXPECT_TRUE(trace_shows(event));
+	munmap(p, TABLE);
+}
+
 /* Others begin with no tables that they keep. */
 TEST_F_TIMEOUT(reclaim, kept_by_nobody_else, 120)
 {

@@ -302,6 +302,31 @@ TEST_F(spf, no_page_table)
 	GREW(spf_abort_table, 1);
 }
 
+TEST_F(spf, traced)
+{
+	char *p = self->p;
+	char event[64];
+
+	if (!trace_begin(&self->settings, "spf/spf_fault"))
+		SKIP(return, "no tracepoints");
+	/* With a page table, and without */
+	poke(p, 1);
+	snprintf(event, sizeof(event), "spf_fault: address=0x%lx abort=none",
+		 (unsigned long)p + PAGE);
+	EXPECT_FALSE(trace_shows(event));
+	poke(p + PAGE, 1);
+	EXPECT_TRUE(trace_shows(event));
+
+	p = map_table();
+	ASSERT_NE(p, NULL);
+	snprintf(event, sizeof(event), "spf_fault: address=0x%lx abort=table",
+		 (unsigned long)p);
+	EXPECT_FALSE(trace_shows(event));
+	poke(p, 1);
+	EXPECT_TRUE(trace_shows(event));
+	munmap(p, TABLE);
+}
+
 TEST_F(spf, no_anon_vma)
 {
 	char *p = map_table();
