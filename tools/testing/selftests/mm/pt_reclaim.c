@@ -1188,12 +1188,17 @@ static void *zap_any(void *arg)
 {
 	struct race *race = arg;
 	unsigned int seed = gettid();
-	int i;
+	int n;
 
 	while (!atomic_load(&race->stop)) {
-		i = rand_r(&seed) % (race->pages / NR_PAGES);
-		if (!have_kept(race->p + i * TABLE, 1))
-			atomic_fetch_add(&race->wrong, 1);
+		char *p = race->p +
+			  rand_r(&seed) % (race->pages / NR_PAGES) * TABLE;
+
+		for (n = 0; n < 2; n++) {
+			poke(p, 1);
+			if (madvise(p, TABLE, MADV_DONTNEED))
+				atomic_fetch_add(&race->wrong, 1);
+		}
 		atomic_fetch_add(&race->zaps, 1);
 	}
 	return NULL;
