@@ -10,6 +10,7 @@
 #include <fcntl.h>
 #include <linux/mempolicy.h>
 #include <linux/userfaultfd.h>
+#include <sched.h>
 #include <setjmp.h>
 #include <signal.h>
 #include <stdbool.h>
@@ -298,6 +299,15 @@ static inline void settings_restore(struct settings *all)
 		all->nr--;
 		file_write(all->one[all->nr].path, all->one[all->nr].was);
 	}
+}
+
+static inline bool run_on(int cpu)
+{
+	cpu_set_t set;
+
+	CPU_ZERO(&set);
+	CPU_SET(cpu, &set);
+	return !sched_setaffinity(0, sizeof(set), &set);
 }
 
 #define TRACING	"/sys/kernel/tracing/"

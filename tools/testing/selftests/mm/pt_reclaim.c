@@ -33,6 +33,7 @@
 
 #include "../kselftest_harness.h"
 #include "anon_util.h"
+#include "vm_util.h"
 #include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/pt_reclaim"
@@ -759,14 +760,11 @@ TEST_F_TIMEOUT(reclaim, rescheduled, 180)
 	pthread_t thread[2];
 	atomic_int mode = IDLE;
 	struct rusage usage;
-	cpu_set_t cpu;
 	long before, switches;
 	char *p;
 	int i, round;
 
-	CPU_ZERO(&cpu);
-	CPU_SET(0, &cpu);
-	ASSERT_EQ(sched_setaffinity(0, sizeof(cpu), &cpu), 0);
+	ASSERT_TRUE(run_on(0));
 	p = map_anon(size);
 	ASSERT_NE(p, NULL);
 	for (i = 0; i < 2; i++)
@@ -1777,10 +1775,10 @@ TEST_F_TIMEOUT(reclaim, no_flush_without_reclaim, 120)
 #define MIN_FLUSHES	8
 
 struct tlb {
+	bool (*replace)(struct tlb *tlb);
 	char *p, *src;		/* one table each */
 	int uffd;
 	int pagemap;
-	unsigned long value;		/* of the page, another one each round */
 	atomic_ulong seen;		/* what the reader has */
 	/* How far the page of a round has come */
 	atomic_ulong going;		/* is to be discarded */
@@ -1794,7 +1792,6 @@ struct tlb {
 FIXTURE(flush)
 {
 	struct settings settings;
-	long freed;
 	struct tlb tlb;
 };
 
@@ -1867,7 +1864,6 @@ FIXTURE_SETUP(flush)
 {
 	if (!setting_change(&self->settings, SYSCTL, "2"))
 		SKIP(return, "cannot write " SYSCTL);
-	self->freed = vmstat_read("pt_reclaim_freed");
 	if (!setting_change(&self->settings, FLUSH_DELAY, "2000"))
 		SKIP(return, "cannot write " FLUSH_DELAY);
 	if (sysconf(_SC_NPROCESSORS_ONLN) < 3)
@@ -1885,28 +1881,11 @@ FIXTURE_TEARDOWN_PARENT(flush)
 	settings_restore(&self->settings);
 }
 
-static void stay_on_cpu(int nr)
-{
-	cpu_set_t cpu;
-
-	CPU_ZERO(&cpu);
-	CPU_SET(nr, &cpu);
-	sched_setaffinity(0, sizeof(cpu), &cpu);
-}
-
-static bool page_is_present(struct tlb *tlb, char *addr)
-{
-	uint64_t entry = 0;
-
-	pread(tlb->pagemap, &entry, sizeof(entry), (uintptr_t)addr / PAGE * 8);
-	return entry >> 63;
-}
-
 static void *read_page(void *arg)
 {
 	struct tlb *tlb = arg;
 
-	stay_on_cpu(1);
+	run_on(1);
 	while (!atomic_load(&tlb->stop)) {
 		unsigned long replaced = atomic_load(&tlb->replaced), val;
 
@@ -1919,19 +1898,13 @@ static void *read_page(void *arg)
 	return NULL;
 }
 
-struct replacer {
-	struct tlb *tlb;
-	bool (*replace)(struct tlb *tlb);
-};
-
 static void *replace_page(void *arg)
 {
-	struct replacer *replacer = arg;
-	struct tlb *tlb = replacer->tlb;
+	struct tlb *tlb = arg;
 	struct timespec wait = { };
 	unsigned long going;
 
-	stay_on_cpu(2);
+	run_on(2);
 	while (!atomic_load(&tlb->stop)) {
 		going = atomic_load(&tlb->going);
 		if (going == atomic_load(&tlb->replaced)) {
@@ -1939,14 +1912,14 @@ static void *replace_page(void *arg)
 			continue;
 		}
 		/* The reader may fill the place as well. */
-		while (page_is_present(tlb, tlb->p + TABLE - PAGE) &&
-		       atomic_load(&tlb->gone) != going)
+		while (pagemap_get_entry(tlb->pagemap, tlb->p + TABLE - PAGE) &
+		       PM_PRESENT && atomic_load(&tlb->gone) != going)
 			;
-		/* Some flush before they tell, some tell before they flush. */
+		/* At one time or another before the flush */
 		wait.tv_nsec = going % 4 * 500000;
 		if (wait.tv_nsec)
 			nanosleep(&wait, NULL);
-		if (!replacer->replace(tlb))
+		if (!tlb->replace(tlb))
 			atomic_fetch_add(&tlb->failures, 1);
 		atomic_store(&tlb->replaced, going);
 	}
@@ -1983,15 +1956,15 @@ static bool fill_ends(struct tlb *tlb, unsigned long value)
 TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
 {
 	struct uffdio_register reg = { .mode = UFFDIO_REGISTER_MODE_MISSING };
-	struct replacer replacer = {
-		.tlb = &self->tlb, .replace = variant->replace,
-	};
 	time_t now, end = time(NULL) + RACE_SECONDS;
 	struct tlb *tlb = &self->tlb;
 	long freed, flushes, rounds = 0, times = 0, stale = 0;
+	unsigned long value = 0;	/* of the page, another one each round */
 	pthread_t thread[2];
 	int fd = -1;
+	bool huge;
 
+	tlb->replace = variant->replace;
 	tlb->uffd = -1;
 	tlb->pagemap = open("/proc/self/pagemap", O_RDONLY);
 	ASSERT_GE(tlb->pagemap, 0);
@@ -2014,27 +1987,27 @@ TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
 		ASSERT_EQ(ioctl(tlb->uffd, UFFDIO_REGISTER, &reg), 0);
 	}
 	catch_access_signals();
-	stay_on_cpu(0);
+	run_on(0);
 	ASSERT_EQ(pthread_create(&thread[0], NULL, read_page, tlb), 0);
-	ASSERT_EQ(pthread_create(&thread[1], NULL, replace_page, &replacer), 0);
+	ASSERT_EQ(pthread_create(&thread[1], NULL, replace_page, tlb), 0);
 
 	do {
-		tlb->value++;
-		ASSERT_TRUE(fill_ends(tlb, tlb->value));
+		value++;
+		ASSERT_TRUE(fill_ends(tlb, value));
 		if (tlb->src)
 			poke(tlb->src, 0);
 		if (variant->huge)
 			ASSERT_EQ(madvise(tlb->p, TABLE, MADV_HUGEPAGE), 0);
-		while (atomic_load(&tlb->seen) != tlb->value)
+		while (atomic_load(&tlb->seen) != value)
 			;
 		flushes = vmstat_read("pt_reclaim_flush");
-		freed = freed_by_now();
+		freed = vmstat_read("pt_reclaim_freed");
 		atomic_store(&tlb->stale, 0);
-		atomic_store(&tlb->going, tlb->value);
+		atomic_store(&tlb->going, value);
 		ASSERT_EQ(madvise(tlb->p, TABLE, MADV_DONTNEED), 0);
-		atomic_store(&tlb->gone, tlb->value);
-		while (atomic_load(&tlb->replaced) != tlb->value ||
-		       atomic_load(&tlb->seen) == tlb->value)
+		atomic_store(&tlb->gone, value);
+		while (atomic_load(&tlb->replaced) != value ||
+		       atomic_load(&tlb->seen) == value)
 			sched_yield();
 		rounds++;
 		/*
@@ -2042,8 +2015,10 @@ TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
 		 * flush before madvise() returns.  Where nobody has been, there
 		 * is what a huge page has.
 		 */
-		if (freed_by_now() > freed &&
-		    page_is_present(tlb, tlb->p + TABLE / 2) == variant->huge) {
+		huge = pagemap_get_entry(tlb->pagemap, tlb->p + TABLE / 2) &
+		       PM_PRESENT;
+		if (vmstat_read("pt_reclaim_freed") > freed &&
+		    huge == variant->huge) {
 			stale += atomic_load(&tlb->stale);
 			times += vmstat_read("pt_reclaim_flush") > flushes;
 		}

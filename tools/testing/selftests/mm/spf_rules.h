@@ -219,15 +219,6 @@ static int entry_is_there(int fd, const char *p)
 	return ioctl(fd, PGTABLE_WALK_TEST, &t) ? -1 : t.nr_filled;
 }
 
-static bool run_on(int cpu)
-{
-	cpu_set_t set;
-
-	CPU_ZERO(&set);
-	CPU_SET(cpu, &set);
-	return !sched_setaffinity(0, sizeof(set), &set);
-}
-
 #define FLAGS_LONELY	(MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE |	\
 			 MAP_FIXED_NOREPLACE)
 
