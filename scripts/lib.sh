@@ -333,3 +333,11 @@ fixed_identity() {
 	local -x GIT_CONFIG_NOSYSTEM=1 GIT_CONFIG_GLOBAL=/dev/null
 	"$@"
 }
+
+# ---- reStructuredText
+
+# rst_text TEXT: print it so that nothing in it is markup
+rst_text() { printf '%s\n' "$1" | sed 's/[*`|\\]/\\&/g; s/\([[:alnum:]]\)_\([^[:alnum:]_]\|$\)/\1\\_\2/g'; }
+
+# rst_heading TITLE CHARACTER
+rst_heading() { printf '\n%s\n%s\n\n' "$1" "${1//?/$2}"; }

@@ -136,6 +136,20 @@ results_directory() {
 	mkdir "$DIR" 2>/dev/null || DIR=$(mktemp -d "$DIR-XXX")
 }
 
+# about COMMAND: show, and leave in $DIR, what the results of the command depend
+# on, beside the sources
+about() {
+	{
+		echo "command: $1"
+		echo "date: $(date -u '+%Y-%m-%d %H:%M UTC')"
+		echo "series: $(git -c safe.directory='*' -C "$REPO" describe --always --dirty 2>/dev/null || echo unknown)"
+		echo "base: $(cat "$CACHE/linux/base-source" 2>/dev/null || echo 'not there yet')"
+		echo "machine: $(sed -n 's/^model name[^:]*: //p;' /proc/cpuinfo | sed -n 1p), $(nproc) CPUs, Linux $(uname -r)"
+		echo "QEMU: $(qemu-system-x86_64 --version 2>/dev/null | sed -n 's/^QEMU emulator version //p')"
+		echo "compiler: $(gcc --version 2>/dev/null | sed -n 1p)"
+	} | tee "$DIR/about.txt" | sed 's/^/# /'
+}
+
 # run_parts PART...: run them, and sum up.  With $MINUTES, those for which there is
 # no time are left out.
 run_parts() {

@@ -143,10 +143,11 @@ kselftest() {
 		"$tree/tools/testing/selftests/mm/vm_util.c" -lpthread
 }
 
-# kselftest_run NAME [GUEST-OPTION...] [--swap] [--delays US] [--module NAME]
-# [--setup CMD] [--test ARGS]: run it in a guest, with compressed memory to swap
-# to, with random delays where operations race, with a module loaded, after CMD;
-# its output goes to NAME.tap
+# kselftest_run NAME [GUEST-OPTION...] [--swap] [--dax] [--delays US]
+# [--module NAME] [--setup CMD] [--test ARGS]: run it in a guest, with compressed
+# memory to swap to, with a file system whose storage is mapped directly, with
+# random delays where operations race, with a module loaded, after CMD; its output
+# goes to NAME.tap
 kselftest_run() {
 	local name=$1 rc=0 args='' setup=':' options=()
 	shift
@@ -155,6 +156,9 @@ kselftest_run() {
 		--test) args=$2; shift ;;
 		--setup) setup+="; $2"; shift ;;
 		--swap) setup+='; echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0' ;;
+		--dax)
+			options+=(--append 'memmap=64M!1G')
+			setup+='; mkfs.ext4 -q /dev/pmem0 && mount -o dax=always /dev/pmem0 /mnt' ;;
 		--delays) setup+="; for f in /sys/kernel/debug/mm_race_delay/*; do echo $2 >\$f; done"; shift ;;
 		--module) setup+="; modprobe $2"; shift ;;
 		*) options+=("$1") ;;
