@@ -276,19 +276,32 @@ static const char *dax_dir(void)
 	return found ? dir : NULL;
 }
 
+/* There, with a block for all of it that a huge page can map */
+static int make_dax_file(const char *dir, unsigned long size, char what)
+{
+	char path[300];
+	int fd;
+
+	snprintf(path, sizeof(path), "%s/pt_reclaim.XXXXXX", dir);
+	fd = mkstemp(path);
+	if (fd < 0)
+		return -1;
+	unlink(path);
+	if (!fallocate(fd, 0, 0, size) && fill_file(fd, size, what))
+		return fd;
+	close(fd);
+	return -1;
+}
+
 TEST_F_TIMEOUT(reclaim, private_file_on_dax, 120)
 {
 	const char *dir = dax_dir();
-	char path[300];
 	int fd;
 
 	if (!dir)
 		SKIP(return, "no file system is mounted with dax");
-	snprintf(path, sizeof(path), "%s/pt_reclaim.XXXXXX", dir);
-	fd = mkstemp(path);
+	fd = make_dax_file(dir, TABLE, 'f');
 	ASSERT_GE(fd, 0);
-	unlink(path);
-	ASSERT_TRUE(fill_file(fd, TABLE, 'f'));
 	check_private_file(_metadata, fd, false);
 	close(fd);
 }
@@ -1799,6 +1812,8 @@ FIXTURE_VARIANT(flush)
 {
 	bool huge;	/* what comes is a huge page */
 	bool file;	/* of a file, which the old page was a copy of */
+	bool dax;	/* one whose storage is mapped directly */
+	bool hole;	/* with nothing in it */
 	bool uffd;
 	bool (*replace)(struct tlb *tlb);
 };
@@ -1855,6 +1870,16 @@ FIXTURE_VARIANT_ADD(flush, huge_page_of_file)
 	.huge = true, .file = true, .replace = replace_by_read,
 };
 
+FIXTURE_VARIANT_ADD(flush, huge_page_of_dax)
+{
+	.huge = true, .dax = true, .replace = replace_by_read,
+};
+
+FIXTURE_VARIANT_ADD(flush, huge_hole_of_dax)
+{
+	.huge = true, .dax = true, .hole = true, .replace = replace_by_read,
+};
+
 FIXTURE_VARIANT_ADD(flush, moved_huge_page)
 {
 	.huge = true, .uffd = true, .replace = replace_by_move,
@@ -1874,6 +1899,8 @@ FIXTURE_SETUP(flush)
 	if (variant->file &&
 	    !setting_change(&self->settings, THP "shmem_enabled", "always"))
 		SKIP(return, "no transparent huge pages of files");
+	if (variant->dax && !dax_dir())
+		SKIP(return, "no file system is mounted with dax");
 }
 
 FIXTURE_TEARDOWN_PARENT(flush)
@@ -1970,10 +1997,16 @@ TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
 	ASSERT_GE(tlb->pagemap, 0);
 	tlb->p = map_anon(TABLE);
 	ASSERT_NE(tlb->p, NULL);
-	if (variant->file) {
-		fd = make_file(TABLE, 0);
+	if (variant->file || variant->dax) {
+		fd = variant->dax ? make_dax_file(dax_dir(), TABLE, 0) :
+				    make_file(TABLE, 0);
 		ASSERT_GE(fd, 0);
 		ASSERT_NE(map_at(tlb->p, TABLE, MAP_PRIVATE, fd), NULL);
+	}
+	if (variant->dax) {
+		/* Where small pages have been, there are no huge ones later. */
+		ASSERT_EQ(madvise(tlb->p, TABLE, MADV_HUGEPAGE), 0);
+		ASSERT_TRUE(replace_by_read(tlb));
 	}
 	if (variant->uffd) {
 		tlb->uffd = uffd_open(UFFD_FEATURE_MOVE | UFFD_FEATURE_SIGBUS);
@@ -1996,6 +2029,11 @@ TEST_F_TIMEOUT(flush, nothing_old_is_seen, 180)
 		ASSERT_TRUE(fill_ends(tlb, value));
 		if (tlb->src)
 			poke(tlb->src, 0);
+		if (variant->hole) {
+			/* Nor holes: forget it.  Copies stay. */
+			ASSERT_EQ(fallocate(fd, FALLOC_FL_PUNCH_HOLE |
+					    FALLOC_FL_KEEP_SIZE, 0, TABLE), 0);
+		}
 		if (variant->huge)
 			ASSERT_EQ(madvise(tlb->p, TABLE, MADV_HUGEPAGE), 0);
 		while (atomic_load(&tlb->seen) != value)
