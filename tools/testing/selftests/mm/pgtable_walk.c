@@ -44,6 +44,7 @@
 #define NR_WALKERS	2
 #define WALKS_PER_CALL	20
 #define RUN_SECONDS	3
+#define MIN_UNLINKED	50
 #define PMD_SIZE	(2UL << 20)
 
 /*
@@ -265,13 +266,20 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 {
 	long failures = file_number(FAIL_PAGE_ALLOC "times");
 	pthread_t walker[NR_WALKERS], mutator;
+	time_t now, end;
 	int i;
 
 	for (i = 0; i < NR_WALKERS; i++)
 		ASSERT_EQ(pthread_create(&walker[i], NULL, walker_fn, self), 0);
 	ASSERT_EQ(pthread_create(&mutator, NULL, mutator_fn, self), 0);
 
-	sleep(RUN_SECONDS);
+	/* They may not meet often where CPUs have other things to do. */
+	end = time(NULL) + RUN_SECONDS;
+	do {
+		usleep(100000);
+		now = time(NULL);
+	} while (now < end ||
+		 (self->nr_unlinked < MIN_UNLINKED && now < end + 60));
 	self->stop = true;
 	for (i = 0; i < NR_WALKERS; i++)
 		pthread_join(walker[i], NULL);
