@@ -1430,6 +1430,123 @@ TEST_F_TIMEOUT(reclaim, collapse_of_file, 120)
 }
 
 /*
+ * A page table of a file is emptied by MADV_COLLAPSE, which then waits for locks
+ * to unlink it.  Meanwhile it is reclaimed.
+ */
+#define RESCAN_DELAY	"/sys/kernel/debug/mm_race_delay/pt_rescan"
+
+struct emptied {
+	struct race race;
+	int pagemap;
+	int mapped;		/* that many pages */
+	useconds_t wait;	/* before the zap, at most */
+	long enough;		/* tables taken */
+	atomic_bool armed;
+	atomic_bool collapsing;
+	atomic_long taken;	/* meanwhile */
+};
+
+static bool still_mapped(struct emptied *e)
+{
+	return pagemap_get_entry(e->pagemap, e->race.p +
+				 (e->mapped - 1) * PAGE) & PM_PRESENT;
+}
+
+static void *zap_emptied(void *arg)
+{
+	struct emptied *e = arg;
+	long freed;
+
+	while (!atomic_load(&e->race.stop)) {
+		freed = vmstat_read("pt_reclaim_freed");
+		atomic_store(&e->armed, true);
+		while (!atomic_load(&e->collapsing) &&
+		       !atomic_load(&e->race.stop))
+			sched_yield();
+		while (atomic_load(&e->collapsing) && still_mapped(e))
+			;
+		if (e->wait)
+			usleep(rand() % e->wait);
+		madvise(e->race.p, TABLE, MADV_DONTNEED);
+		if (atomic_load(&e->collapsing) &&
+		    vmstat_read("pt_reclaim_freed") > freed)
+			atomic_fetch_add(&e->taken, 1);
+		while (atomic_load(&e->collapsing) &&
+		       !atomic_load(&e->race.stop))
+			sched_yield();
+	}
+	return NULL;
+}
+
+/*
+ * @split: there is no huge page yet.  Then all of the table's entries go before
+ * the pages are copied, and the table after that.
+ */
+static void check_emptied(struct __test_metadata *_metadata,
+			  struct settings *settings, bool split)
+{
+	time_t now, end = time(NULL) + RACE_SECONDS;
+	struct emptied e = {
+		.race.pages = NR_PAGES, .mapped = NR_PAGES / 8,
+		.wait = split ? 20000 : 0, .enough = split ? 30 : 8,
+	};
+	struct race *race = &e.race;
+	pthread_t thread;
+	int i;
+
+	if (!setting_change(settings, RESCAN_DELAY, "2000"))
+		SKIP(return, "cannot write " RESCAN_DELAY);
+	e.pagemap = open("/proc/self/pagemap", O_RDONLY);
+	ASSERT_GE(e.pagemap, 0);
+	race->fd = make_file(TABLE, 'f');
+	ASSERT_GE(race->fd, 0);
+	race->p = reserve(TABLE);
+	ASSERT_NE(race->p, NULL);
+	ASSERT_NE(map_at(race->p, TABLE, MAP_SHARED, race->fd), NULL);
+	if (madvise(race->p, TABLE, MADV_HUGEPAGE) ||
+	    (madvise(race->p, TABLE, MADV_COLLAPSE) && errno == EINVAL))
+		SKIP(return, "no huge pages of files");
+	ASSERT_EQ(pthread_create(&thread, NULL, zap_emptied, &e), 0);
+	do {
+		while (!atomic_load(&e.armed))
+			sched_yield();
+		atomic_store(&e.armed, false);
+		if (split)
+			ASSERT_EQ(fallocate(race->fd, FALLOC_FL_PUNCH_HOLE |
+					    FALLOC_FL_KEEP_SIZE,
+					    TABLE - PAGE, PAGE), 0);
+		map_by_table(race, race->p);
+		atomic_store(&e.collapsing, true);
+		collapse_table(race, race->p);
+		atomic_store(&e.collapsing, false);
+		for (i = 0; i < e.mapped; i++)
+			race->wrong += peek(race->p + i * PAGE) != 'f';
+		now = time(NULL);
+	} while (now < end ||
+		 (atomic_load(&e.taken) < e.enough && now < end + 60));
+	atomic_store(&race->stop, true);
+	pthread_join(thread, NULL);
+
+	TH_LOG("%ld collapses, %ld tables reclaimed meanwhile",
+	       atomic_load(&race->checks), atomic_load(&e.taken));
+	EXPECT_EQ(atomic_load(&race->wrong), 0);
+	EXPECT_GE(atomic_load(&e.taken), 8);
+	munmap(race->p, TABLE);
+	close(race->fd);
+	close(e.pagemap);
+}
+
+TEST_F_TIMEOUT(reclaim, collapse_of_emptied, 120)
+{
+	check_emptied(_metadata, &self->settings, false);
+}
+
+TEST_F_TIMEOUT(reclaim, collapse_of_emptied_and_copied, 120)
+{
+	check_emptied(_metadata, &self->settings, true);
+}
+
+/*
  * UFFDIO_MOVE and UFFDIO_COPY into a table that is being reclaimed: a page that
  * has been moved or copied there is there, unless it was zapped afterwards.
  */
