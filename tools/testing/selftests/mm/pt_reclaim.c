@@ -1442,6 +1442,7 @@ struct emptied {
 	useconds_t wait;	/* before the zap, at most */
 	long enough;		/* tables taken */
 	atomic_bool armed;
+	atomic_long rounds;
 	atomic_bool collapsing;
 	atomic_long taken;	/* meanwhile */
 };
@@ -1455,12 +1456,13 @@ static bool still_mapped(struct emptied *e)
 static void *zap_emptied(void *arg)
 {
 	struct emptied *e = arg;
-	long freed;
+	long freed, round;
 
 	while (!atomic_load(&e->race.stop)) {
 		freed = vmstat_read("pt_reclaim_freed");
+		round = atomic_load(&e->rounds);
 		atomic_store(&e->armed, true);
-		while (!atomic_load(&e->collapsing) &&
+		while (atomic_load(&e->rounds) == round &&
 		       !atomic_load(&e->race.stop))
 			sched_yield();
 		while (atomic_load(&e->collapsing) && still_mapped(e))
@@ -1517,6 +1519,7 @@ static void check_emptied(struct __test_metadata *_metadata,
 					    TABLE - PAGE, PAGE), 0);
 		map_by_table(race, race->p);
 		atomic_store(&e.collapsing, true);
+		atomic_fetch_add(&e.rounds, 1);
 		collapse_table(race, race->p);
 		atomic_store(&e.collapsing, false);
 		for (i = 0; i < e.mapped; i++)
