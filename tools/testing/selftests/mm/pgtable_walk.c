@@ -314,13 +314,19 @@ TEST_F_TIMEOUT(pgtable_walk, tables_outlive_walkers, 120)
 #define GIVEN_BACK_MS	3000
 #define TABLES		"nr_page_table_pages"
 
-/* Make nr page tables with one page each, and unmap them. */
-static bool tables_come_and_go(int nr)
+/* Make nr page tables with one page each, and unmap them: all, or one by one. */
+static bool tables_come_and_go(int nr, bool alone)
 {
+	size_t len = nr * PMD_SIZE, step = alone ? PMD_SIZE : len, i;
 	char *addr = (char *)ADDR_LOW;
 
-	return map_and_touch(addr, nr * PMD_SIZE) &&
-	       !munmap(addr, nr * PMD_SIZE);
+	if (!map_and_touch(addr, len))
+		return false;
+	for (i = 0; i < len; i += step) {
+		if (munmap(addr + i, step))
+			return false;
+	}
+	return true;
 }
 
 /* What others have just freed must not count as being in use. */
@@ -339,7 +345,7 @@ static long settled_nr_tables(void)
 	return now;
 }
 
-TEST(unmapped_tables_are_given_back)
+static void check_given_back(struct __test_metadata *_metadata, bool alone)
 {
 	long before = settled_nr_tables(), after = 0;
 	int ms;
@@ -347,7 +353,7 @@ TEST(unmapped_tables_are_given_back)
 	if (before < 0)
 		SKIP(return, "no nr_page_table_pages in /proc/vmstat");
 
-	ASSERT_TRUE(tables_come_and_go(NR_TABLES));
+	ASSERT_TRUE(tables_come_and_go(NR_TABLES, alone));
 
 	/* The rest of the system moves by less than a tenth of that. */
 	for (ms = 0; ms < GIVEN_BACK_MS; ms += 100) {
@@ -358,6 +364,16 @@ TEST(unmapped_tables_are_given_back)
 	}
 	TH_LOG("%ld pages before, %ld after %d ms", before, after, ms);
 	EXPECT_LT(after - before, NR_TABLES / 10);
+}
+
+TEST(unmapped_tables_are_given_back)
+{
+	check_given_back(_metadata, false);
+}
+
+TEST(tables_unmapped_alone_are_given_back)
+{
+	check_given_back(_metadata, true);
 }
 
 /*
@@ -392,7 +408,7 @@ static long oom_kills(void)
 TEST(small_cgroup_does_not_run_out)
 {
 	time_t end = time(NULL) + CGROUP_SECONDS;
-	int status, i;
+	int status, i, rounds = 0;
 	long kills;
 	pid_t pid;
 
@@ -413,7 +429,7 @@ TEST(small_cgroup_does_not_run_out)
 		if (!file_write(CGROUP "/cgroup.procs", "0"))
 			_exit(2);
 		while (time(NULL) < end) {
-			if (!tables_come_and_go(CGROUP_TABLES))
+			if (!tables_come_and_go(CGROUP_TABLES, rounds++ & 1))
 				_exit(1);
 			usleep(CGROUP_PAUSE_US);
 		}
