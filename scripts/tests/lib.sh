@@ -158,7 +158,7 @@ kselftest_run() {
 		--swap) setup+='; echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0' ;;
 		--dax)
 			options+=(--append 'memmap=64M!1G')
-			setup+='; mkfs.ext4 -q -b 4096 /dev/pmem0 && mount -o dax=always /dev/pmem0 /mnt' ;;
+			setup+='; mkfs.ext4 -q -b 4096 -E stride=512,stripe_width=512 /dev/pmem0 && mount -o dax=always /dev/pmem0 /mnt' ;;
 		--delays) setup+="; for f in /sys/kernel/debug/mm_race_delay/*; do echo $2 >\$f; done"; shift ;;
 		--module) setup+="; modprobe $2"; shift ;;
 		*) options+=("$1") ;;
