@@ -143,6 +143,9 @@ kselftest() {
 		"$tree/tools/testing/selftests/mm/vm_util.c" -lpthread
 }
 
+# what a guest does to have compressed memory to swap to
+SWAP_ON='echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0'
+
 # kselftest_run NAME [GUEST-OPTION...] [--swap] [--dax] [--delays US]
 # [--module NAME] [--setup CMD] [--test ARGS]: run it in a guest, with compressed
 # memory to swap to, with a file system whose storage is mapped directly, with
@@ -155,7 +158,7 @@ kselftest_run() {
 		case $1 in
 		--test) args=$2; shift ;;
 		--setup) setup+="; $2"; shift ;;
-		--swap) setup+='; echo 256M >/sys/block/zram0/disksize && mkswap /dev/zram0 >/dev/null && swapon /dev/zram0' ;;
+		--swap) setup+="; $SWAP_ON" ;;
 		--dax)
 			options+=(--append 'memmap=64M!1G')
 			setup+='; mkfs.ext4 -q -b 4096 -E stride=512,stripe_width=512 /dev/pmem0 && mount -o dax=always /dev/pmem0 /mnt' ;;
