@@ -131,8 +131,9 @@ curves() {
 	done
 }
 
-# plot NAME: draw $RESULTS/NAME.svg and .png as the gnuplot commands on the
-# standard input say; they are kept, too
+# plot NAME [text]: draw $RESULTS/NAME.svg and .png as the gnuplot commands on the
+# standard input say; they are kept, too.  With "text" also NAME.plot, for pages
+# that are nothing else; it has the first line only of what is below the plot.
 plot() {
 	{
 		cat <<-'END'
@@ -155,7 +156,7 @@ plot() {
 	if [[ $HERE ]] && ! command -v gnuplot >/dev/null; then
 		skip "plot $1" "no gnuplot here; elsewhere: gnuplot -e 'set term svg; set output \"$1.svg\"' $1.gp"
 	else
-		check "plot $1" draw "$1"
+		check "plot $1" draw "$@"
 	fi
 }
 
@@ -168,6 +169,10 @@ draw() {
 		gnuplot -e "set terminal $type; set output '$1.${type:0:3}'" "$1.gp" 2>&1 | tee "$SCRATCH/gnuplot"
 		[[ ! -s $SCRATCH/gnuplot && -s $1.${type:0:3} ]] || return
 	done
+	[[ ${2-} ]] || return 0
+	sed '/^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'set terminal dumb noenhanced 74 26' - |
+		sed 's/^\f//; s/ *$//' | cat -s >"$1.plot"
+	[[ -s $1.plot ]]
 }
 
 # pivot FILE ROW COLUMN VALUE [WHERE]: of a CSV file with a head, a table with a
