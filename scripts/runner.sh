@@ -107,7 +107,7 @@ time_for() {
 # leave_part NAME: there is no time for it
 leave_part() {
 	printf '\n# %s: %s\n' "$1" "$(field "$1" Part)"
-	echo "skip - part $1: $((SECONDS / 60)) of $MINUTES minutes had passed before it; $0 $1 runs it" | tee "$DIR/$1.log"
+	echo "skip - part $1: $((SECONDS / 60)) of $MINUTES minutes had passed before it; scripts/test $1 runs it" | tee "$DIR/$1.log"
 	printf '%s 0 0 1 0\n' "$1" >>"$DIR/summary"
 }
 

@@ -845,13 +845,14 @@ FIXTURE_RACE(pins, .needs = "O_DIRECT in /var/tmp, not on tmpfs",
 FIXTURE_RACE(dontneed, .round = round_change, .change = advise,
 	     .advice = MADV_DONTNEED, .flags = DROPS, .abort = PMD);
 FIXTURE_RACE(free, .round = round_free, .change = advise, .advice = MADV_FREE,
-	     .flags = DROPS | LAZILY, .event = "pglazyfreed");
+	     .flags = DROPS | LAZILY, .event = "pglazyfreed", .abort = PTE);
 FIXTURE_RACE(collapse, .needs = "transparent huge pages",
 	     .prepare = prepare_collapse, .round = round_collapse,
 	     .advice = MADV_COLLAPSE, .event = "thp_collapse_alloc",
 	     .abort = SEQ);
 FIXTURE_RACE(khugepaged, .needs = "khugepaged", .prepare = prepare_khugepaged,
 	     .round = let_some, .event = "thp_collapse_alloc", .abort = SEQ);
+/* What KSM write-protects is copied speculatively, too: nothing has to abort. */
 FIXTURE_RACE(ksm, .needs = "KSM", .prepare = prepare_ksm, .round = let_some,
 	     .advice = MADV_MERGEABLE, .flags = SAME, .event = "cow_ksm");
 FIXTURE_RACE(migrate, .round = round_migrate, .flags = NODES,
