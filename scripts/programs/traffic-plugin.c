@@ -384,7 +384,10 @@ static bool name_slab(uint64_t pa, struct name *name)
 	uint64_t cache, start;
 	uint32_t type, size;
 
-	if (head & 1)
+	/* In newer kernels the head may be told by a mask; the image is up there, no page. */
+	if (head & 1 && head >> 32 == 0xffffffff)
+		page &= head - 1;
+	else if (head & 1)
 		page = head - 1;
 	if (!read_virtual(page + layout[PAGE_PAGE_TYPE].value, &type, 4) ||
 	    type >> 24 != layout[SLAB_TYPE].value)
