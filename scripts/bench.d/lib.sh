@@ -170,7 +170,7 @@ draw() {
 		[[ ! -s $SCRATCH/gnuplot && -s $1.${type:0:3} ]] || return
 	done
 	[[ ${2-} ]] || return 0
-	sed '/^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'set terminal dumb noenhanced 74 26' - |
+	sed '/^set grid/d; /^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'set terminal dumb noenhanced 74 26' - |
 		sed 's/^\f//; s/ *$//' | cat -s >"$1.plot"
 	[[ -s $1.plot ]]
 }
