@@ -203,7 +203,7 @@ static int some_present(struct gate *g)
 	       gate_lost(g, g->p, end, NR_GATE);
 }
 
-TEST_F_TIMEOUT(gate, munmap, 60)
+TEST_F_TIMEOUT(gate, munmap, 600)
 {
 	run_gate(_metadata, &self->gate, variant->beside,
 		 change_munmap, some_present);
@@ -235,7 +235,7 @@ static int replacement_present(struct gate *g)
 	return wrong_pages(g->p, NR_GATE, 'f');
 }
 
-TEST_F_TIMEOUT(gate, replaced, 60)
+TEST_F_TIMEOUT(gate, replaced, 600)
 {
 	run_gate(_metadata, &self->gate, variant->beside,
 		 change_replace, replacement_present);
@@ -263,7 +263,7 @@ static int some_writable(struct gate *g)
 	return wrong;
 }
 
-TEST_F_TIMEOUT(gate, mprotect, 60)
+TEST_F_TIMEOUT(gate, mprotect, 600)
 {
 	run_gate(_metadata, &self->gate, variant->beside,
 		 change_mprotect, some_writable);
@@ -292,7 +292,7 @@ static int some_left_behind(struct gate *g)
 	return wrong;
 }
 
-TEST_F_TIMEOUT(gate, mremap, 60)
+TEST_F_TIMEOUT(gate, mremap, 600)
 {
 	run_gate(_metadata, &self->gate, variant->beside,
 		 change_mremap, some_left_behind);
@@ -316,7 +316,7 @@ static int some_lost(struct gate *g)
 	return gate_lost(g, g->p, 0, NR_GATE);
 }
 
-TEST_F_TIMEOUT(gate, split_and_merged, 60)
+TEST_F_TIMEOUT(gate, split_and_merged, 600)
 {
 	run_gate(_metadata, &self->gate, variant->beside,
 		 change_grow, some_lost);
@@ -328,7 +328,7 @@ TEST_F_TIMEOUT(gate, split_and_merged, 60)
  */
 enum shared_page { SHARED_NONE, SHARED_ZERO, SHARED_FORKED, NR_SHARED };
 
-TEST_F_TIMEOUT(rules, threads_share_pages, 60)
+TEST_F_TIMEOUT(rules, threads_share_pages, 600)
 {
 	long at_once = 0, rounds = 0, lost = 0;
 	char *p = map_ready();
@@ -336,7 +336,7 @@ TEST_F_TIMEOUT(rules, threads_share_pages, 60)
 	int i;
 
 	ASSERT_NE(p, NULL);
-	while (!lost && time(NULL) < start + 12) {
+	while (!lost && time(NULL) < start + at_least(12)) {
 		enum shared_page kind = rounds++ % NR_SHARED;
 		struct sharer s[2] = { };
 		atomic_int together = 0;
@@ -384,7 +384,7 @@ TEST_F_TIMEOUT(rules, threads_share_pages, 60)
  * the old address, and who has read at the new one goes on to see the zero
  * page, whatever is written there.
  */
-TEST_F_TIMEOUT(rules, moved_table_is_left_alone, 60)
+TEST_F_TIMEOUT(rules, moved_table_is_left_alone, 600)
 {
 	char *area = reserve(4 * TABLE), *p = area, *q = area + 2 * TABLE;
 	long rounds = 0, stale = 0;
@@ -436,7 +436,7 @@ TEST_F_TIMEOUT(rules, moved_table_is_left_alone, 60)
  */
 #define NR_ARMED	32
 
-TEST_F_TIMEOUT(rules, no_page_behind_userfaultfd, 60)
+TEST_F_TIMEOUT(rules, no_page_behind_userfaultfd, 600)
 {
 	int walk = open(DEBUGFS "pgtable_walk_test", O_RDWR);
 	int pagemap = open("/proc/self/pagemap", O_RDONLY);
@@ -550,7 +550,7 @@ static int new_notifier(void)
 	return wrong ? 1 : 0;
 }
 
-TEST_F_TIMEOUT(rules, page_of_new_notifier_is_not_copied, 120)
+TEST_F_TIMEOUT(rules, page_of_new_notifier_is_not_copied, 600)
 {
 	time_t start = time(NULL);
 	int status = 0;
@@ -598,7 +598,7 @@ static void pin_child(char *p, atomic_int *drop)
 	_exit(0);
 }
 
-TEST_F_TIMEOUT(rules, pinned_while_copied, 120)
+TEST_F_TIMEOUT(rules, pinned_while_copied, 600)
 {
 	int fd = open(DEBUGFS "gup_test", O_RDWR);
 	char *p = map_ready(), seen[PAGE];
@@ -616,7 +616,7 @@ TEST_F_TIMEOUT(rules, pinned_while_copied, 120)
 	drop = mmap(NULL, PAGE, PROT_READ | PROT_WRITE,
 		    MAP_SHARED | MAP_ANONYMOUS, -1, 0);
 	ASSERT_NE(drop, MAP_FAILED);
-	while (!stale && time(NULL) < start + 15) {
+	while (!stale && time(NULL) < start + at_least(15)) {
 		pid_t pid;
 
 		ASSERT_EQ(drop_pages(p), 0);
@@ -692,7 +692,7 @@ TEST_F(rules, page_in_use_is_not_copied)
  * back again, which makes the VMA look as if nothing had happened.  KASAN
  * reports those who go on with the old tables.
  */
-TEST_F_TIMEOUT(rules, tables_gone_meanwhile, 60)
+TEST_F_TIMEOUT(rules, tables_gone_meanwhile, 600)
 {
 	long rounds = 0, asleep = 0, lost = 0;
 	char *p = LONELY, *away = LONELY - (1UL << 40);
@@ -790,7 +790,7 @@ static int exec_and_look(int fd)
 	return 0;
 }
 
-TEST_F_TIMEOUT(rules, exec_forgets, 60)
+TEST_F_TIMEOUT(rules, exec_forgets, 600)
 {
 	int status, fd = exec_program();
 	pid_t pid;
@@ -838,7 +838,7 @@ static void reaped_child(char *p, int ready)
 	_exit(1);
 }
 
-TEST_F_TIMEOUT(rules, reaped, 60)
+TEST_F_TIMEOUT(rules, reaped, 600)
 {
 	char *p = map_anon(NR_REAPED * TABLE), path[64], c;
 	long rounds = 0, looks = 0, back = 0;
@@ -851,7 +851,7 @@ TEST_F_TIMEOUT(rules, reaped, 60)
 	/* The child gets page tables, and an anon_vma. */
 	for (i = 0; i < NR_REAPED; i++)
 		poke(p + (i + 1) * TABLE - PAGE, 1);
-	while (!back && time(NULL) < start + 10) {
+	while (!back && time(NULL) < start + at_least(10)) {
 		int pagemap, pidfd, there, ret;
 		pid_t pid = fork();
 
