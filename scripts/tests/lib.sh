@@ -83,6 +83,13 @@ refuses() {
 	rm -f "$log" "$log.out"
 }
 
+# one_at_a_time NAME: until this part ends, no other goes on that says that name
+one_at_a_time() {
+	mkdir -p "$CACHE/build"
+	exec 7>"$CACHE/build/.$1.lock"
+	flock 7
+}
+
 # benchmark NAME [KERNEL...]: have the figures of that benchmark of scripts/bench
 # in $RESULTS; what it reports is reported here, too
 benchmark() {

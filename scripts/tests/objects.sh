@@ -12,13 +12,6 @@ tree() {
 	src=$(locked src _src_tree bisect "$1" 2>/dev/null) && [[ -n $src ]]
 }
 
-# one_at_a_time: they share that tree
-one_at_a_time() {
-	mkdir -p "$CACHE/build"
-	exec 7>"$CACHE/build/.bisect.lock"
-	flock 7
-}
-
 # enabled FILE.c: does this configuration build it?
 enabled() {
 	local dir=${1%/*} object makefile option
