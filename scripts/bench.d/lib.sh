@@ -133,7 +133,8 @@ curves() {
 
 # plot NAME [text]: draw $RESULTS/NAME.svg and .png as the gnuplot commands on the
 # standard input say; they are kept, too.  With "text" also NAME.plot, for pages
-# that are nothing else; it has the first line only of what is below the plot.
+# that are nothing else; it has the first line only of what is below the plot, and
+# the commands find "text" to exist.
 plot() {
 	{
 		cat <<-'END'
@@ -170,7 +171,7 @@ draw() {
 		[[ ! -s $SCRATCH/gnuplot && -s $1.${type:0:3} ]] || return
 	done
 	[[ ${2-} ]] || return 0
-	sed '/^set grid/d; /^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'set terminal dumb noenhanced 74 26' - |
+	sed '/^set grid/d; /^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'text = 1; set terminal dumb noenhanced 74 26' - |
 		sed 's/^\f//; s/ *$//' | cat -s >"$1.plot"
 	[[ -s $1.plot ]]
 }

@@ -187,7 +187,7 @@ kselftest_run() {
 kselftest_passes() {
 	local name=$1 what=$2 rc=0 test
 	shift 2
-	if [[ ${KERNELS:-} && $* =~ --config\ ([a-z]+) && " $KERNELS " != *" ${BASH_REMATCH[1]} "* ]]; then
+	if [[ ${KERNELS:-} && $* =~ --config\ ([a-z+]+) && " $KERNELS " != *" ${BASH_REMATCH[1]} "* ]]; then
 		skip "$what" "KERNELS asks for others only: $KERNELS"
 		return
 	fi
