@@ -40,6 +40,7 @@
 #include "vmstat_sysctl.h"
 
 #define SYSCTL		"/proc/sys/vm/speculative_page_fault"
+#define NUMA_BALANCING	"/proc/sys/kernel/numa_balancing"
 #define PATIENCE	20	/* seconds, for what is bound to happen */
 
 /* Headers of the system may be older. */
@@ -188,12 +189,16 @@ static void other_ends(struct other *o)
 /* Without, tests look at everything else. */
 static bool counting;
 
-/* Have speculative faults, unless the kernel knows none. */
+/*
+ * Have speculative faults, unless the kernel knows none, and none of NUMA
+ * balancing, which come at any time.
+ */
 static bool spf_on(struct __test_metadata *_metadata, struct settings *settings)
 {
 	counting = vmstat_read("spf_attempt") >= 0;
 	if (!counting)
 		TH_LOG("no speculative page faults: nothing to count");
+	setting_change(settings, NUMA_BALANCING, "0");
 	return switch_get(SYSCTL) < 0 || setting_change(settings, SYSCTL, "1");
 }
 
@@ -870,8 +875,7 @@ TEST_F_TIMEOUT(spf, numa_hinting, 2 * PATIENCE)
 	int wrong;
 
 	if (!last_node() ||
-	    !setting_change(&self->settings, "/proc/sys/kernel/numa_balancing",
-			    "1"))
+	    !setting_change(&self->settings, NUMA_BALANCING, "1"))
 		SKIP(return, "needs two nodes, and CONFIG_NUMA_BALANCING");
 	snprintf(path, sizeof(path), "%sscan_delay_ms", debug);
 	setting_change(&self->settings, path, "10");
