@@ -171,7 +171,9 @@ draw() {
 		[[ ! -s $SCRATCH/gnuplot && -s $1.${type:0:3} ]] || return
 	done
 	[[ ${2-} ]] || return 0
-	sed '/^set grid/d; /^set xlabel/s/\\n.*/"/' "$1.gp" | gnuplot -e 'text = 1; set terminal dumb noenhanced 74 26' - |
+	# text does not go upwards, so gnuplot leaves out what is beside the y axis
+	sed '/^set grid/d; /^set xlabel/s/\\n.*/"/
+		s/^set ylabel \("[^"]*"\)/set label \1 at screen 0, screen 0.99/' "$1.gp" | gnuplot -e 'text = 1; set terminal dumb noenhanced 74 26' - |
 		sed 's/^\f//; s/ *$//' | cat -s >"$1.plot"
 	[[ -s $1.plot ]]
 }
